@@ -1,0 +1,108 @@
+"""The reference backend: gather the KV of a sequence, then PyTorch's scaled_dot_product_attention.
+
+It is the readable specification that the other backends are tested against, and the CPU's backend. Query heads that
+share a key-value head are never given copies of it: decode rows attend with the group as the query length, chunks
+with an expanded (stride 0) view.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovllm.engine.batch import Batch
+
+GATHERED_TOKENS = 8192  # decode rows are taken in groups whose padded KV is at most so long
+
+
+class DecodeGroup(NamedTuple):
+    """Decode rows of similar length, attended to as one padded batch."""
+
+    rows: Tensor | slice  # places in the batch: [R] int64, or all decode rows
+    blocks: Tensor  # [R * blocks of the longest]
+    mask: Tensor  # [R, 1, 1, blocks of the longest * block_size] bool, true where there is a token
+
+
+class Chunk(NamedTuple):
+    """Tokens of one sequence that attend to all that came before them and to each other."""
+
+    start: int  # of its tokens in the batch
+    end: int
+    context_len: int
+    blocks: Tensor  # [blocks of the context]
+    mask: Tensor | None  # [end - start, context_len] bool; None if nothing came before
+
+
+class ReferenceAttention:
+    """Plain PyTorch on any device, any block size, any head size and data type."""
+
+    def prepare(self, batch: Batch) -> tuple[list[DecodeGroup], list[Chunk]]:
+        return self._decode_groups(batch), self._chunks(batch)
+
+    def store(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> None:
+        k_cache.flatten(0, 1).index_copy_(0, batch.slot_mapping, k)
+        v_cache.flatten(0, 1).index_copy_(0, batch.slot_mapping, v)
+
+    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
+        num_kv_heads, head_dim = k_cache.shape[2:]
+        group = q.shape[1] // num_kv_heads
+        q = q.unflatten(1, (num_kv_heads, group))  # [T, H_kv, G, D]
+        out = torch.empty_like(q)
+        decode_groups, chunks = batch.attention
+        for rows, blocks, mask in decode_groups:
+            shape = (len(mask), -1, num_kv_heads, head_dim)
+            k = k_cache.index_select(0, blocks).view(shape).transpose(1, 2)  # [R, H_kv, L, D]
+            v = v_cache.index_select(0, blocks).view(shape).transpose(1, 2)
+            out[rows] = F.scaled_dot_product_attention(q[rows], k, v, attn_mask=mask)
+        for start, end, context_len, blocks, mask in chunks:
+            shape = (num_kv_heads, group, context_len, head_dim)
+            k = k_cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)  # [H_kv, L, D]
+            v = v_cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)
+            attended = F.scaled_dot_product_attention(
+                q[start:end].permute(1, 2, 0, 3),  # [H_kv, G, n, D]
+                k.unsqueeze(1).expand(shape),
+                v.unsqueeze(1).expand(shape),
+                attn_mask=mask,
+                is_causal=mask is None,
+            )
+            out[start:end] = attended.permute(2, 0, 1, 3)
+        return out.flatten(1, 2)
+
+    def _decode_groups(self, batch: Batch) -> list[DecodeGroup]:
+        if batch.num_decodes == 0:
+            return []
+        lens = batch.cpu_context_lens[: batch.num_decodes]
+        if max(lens) * len(lens) <= GATHERED_TOKENS:
+            return [self._decode_group(batch, slice(0, len(lens)), max(lens))]
+        lens = sorted(lens)
+        order = batch.context_lens[: batch.num_decodes].argsort()
+        groups = []
+        start = 0
+        while start < len(lens):
+            end = start + 1
+            while end < len(lens) and lens[end] * (end + 1 - start) <= GATHERED_TOKENS:
+                end += 1
+            groups.append(self._decode_group(batch, order[start:end], lens[end - 1]))
+            start = end
+        return groups
+
+    def _decode_group(self, batch: Batch, rows: Tensor | slice, max_len: int) -> DecodeGroup:
+        num_blocks = -(-max_len // batch.block_size)
+        positions = torch.arange(num_blocks * batch.block_size, device=batch.context_lens.device)
+        mask = positions < batch.context_lens[rows].unsqueeze(1)
+        return DecodeGroup(rows, batch.block_tables[rows, :num_blocks].flatten(), mask[:, None, None, :])
+
+    def _chunks(self, batch: Batch) -> list[Chunk]:
+        chunks = []
+        start = batch.num_decodes
+        for i in range(batch.num_decodes, len(batch.query_lens)):
+            query_len, context_len = batch.query_lens[i], batch.cpu_context_lens[i]
+            blocks = batch.block_tables[i, : -(-context_len // batch.block_size)]
+            mask = None
+            if query_len < context_len:
+                mask = torch.ones(query_len, context_len, dtype=torch.bool, device=blocks.device)
+                mask = mask.tril(context_len - query_len)
+            chunks.append(Chunk(start, start + query_len, context_len, blocks, mask))
+            start += query_len
+        return chunks

@@ -1,0 +1,40 @@
+"""Checks of what users pass in: every error names the parameter, the value and what is allowed."""
+
+import math
+from collections.abc import Collection
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_int(name: str, value: Any, minimum: int, maximum: int | None = None, also: str = "") -> None:
+    """Raise unless `value` is an integer in [minimum, maximum]; `also` says which other values the caller takes."""
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer:
+        raise TypeError(f"{name} must be an integer{also}, got {value!r}")
+    if value < minimum or (maximum is not None and value > maximum):
+        allowed = f"at least {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
+        raise ValueError(f"{name} must be {allowed}{also}, got {value!r}")
+
+
+def check_float(
+    name: str, value: Any, minimum: float, maximum: float = math.inf, open_minimum: bool = False
+) -> None:
+    """Raise unless `value` is a finite number in [minimum, maximum], or (minimum, maximum] if `open_minimum`."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number:
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    too_low = value <= minimum if open_minimum else value < minimum
+    if not math.isfinite(value) or too_low or value > maximum:
+        bracket = "(" if open_minimum else "["
+        upper = "infinity)" if maximum == math.inf else f"{maximum}]"
+        raise ValueError(f"{name} must be in {bracket}{minimum}, {upper}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")

@@ -1,0 +1,282 @@
+"""Config: the user's knobs, validated and frozen. ModelConfig: the architecture, read from a checkpoint's config.
+
+`ModelConfig.from_hf` is the only reader of Hugging Face attributes; what this engine does not run is refused here.
+"""
+
+import difflib
+import json
+from dataclasses import dataclass, field, fields, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from nanovllm.attention import BACKENDS
+from nanovllm.checks import check_bool, check_choice, check_float, check_int
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The options of `LLM(model, ...)`, nano-vllm's and vLLM's names.
+
+    Args:
+        model: a folder with safetensors, or the id of a Hub repository.
+        enforce_eager: no compilation and no CUDA graphs.
+        max_model_len: prompt and completion together have at most so many tokens; lowered to the model's own limit.
+        max_num_seqs: so many sequences run at once.
+        max_num_batched_tokens: a step computes at most so many tokens; longer prompts are cut into chunks.
+        gpu_memory_utilization: the share of the GPU's whole memory that this process may use.
+        tensor_parallel_size: number of GPUs; only 1 is supported yet.
+        kvcache_block_size: tokens in a KV block.
+        num_kvcache_blocks: blocks in the pool, one of which is never handed out; -1 takes what memory allows.
+        device: "auto" (CUDA if there is a GPU), "cpu", "cuda" or "cuda:N".
+        dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
+        attention_backend: "auto" or the name of one of `nanovllm.attention.BACKENDS`.
+        enable_prefix_caching: share the KV of equal prefixes between requests.
+        async_scheduling: plan and launch a step while the tokens of the one before are on their way.
+        load_format: "auto" (safetensors) or "dummy" (random weights in the shape that config.json says).
+        seed: makes the seeds of requests that have none repeatable; None draws fresh ones.
+        tokenizer: another folder or Hub id for the tokenizer.
+        revision: branch, tag or commit of a Hub repository.
+        use_tqdm: show a bar while the weights are loaded.
+        trust_remote_code: only False: code from a checkpoint is never run.
+        enable_chunked_prefill: only True: every prompt may be cut into chunks.
+    """
+
+    model: str | PathLike[str]
+    enforce_eager: bool = False
+    max_model_len: int = 4096
+    max_num_seqs: int = 512
+    max_num_batched_tokens: int = 16384
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    kvcache_block_size: int = 16
+    num_kvcache_blocks: int = -1
+    device: str | torch.device = "auto"
+    dtype: str | torch.dtype = "auto"
+    attention_backend: str = "auto"
+    enable_prefix_caching: bool = True
+    async_scheduling: bool = True
+    load_format: str = "auto"
+    seed: int | None = None
+    tokenizer: str | PathLike[str] | None = None
+    revision: str | None = None
+    use_tqdm: bool = True
+    trust_remote_code: bool = False
+    enable_chunked_prefill: bool = True
+
+    @classmethod
+    def from_options(cls, model: str | PathLike[str], options: dict[str, Any]) -> "Config":
+        """Build from keyword arguments; an unknown one is a TypeError that names the nearest known one."""
+        known = [f.name for f in fields(cls) if f.name != "model"]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+                raise TypeError(f"LLM() got an unknown option {name!r}{hint}")
+        return cls(model=model, **options)
+
+    def __post_init__(self) -> None:
+        for name in ("model", "tokenizer"):
+            value = getattr(self, name)
+            if not isinstance(value, str | PathLike) and not (name == "tokenizer" and value is None):
+                raise TypeError(f"{name} must be a folder or a Hub id, got {value!r}")
+        for f in fields(self):
+            if f.type is bool:
+                check_bool(f.name, getattr(self, f.name))
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kvcache_block_size"):
+            check_int(name, getattr(self, name), 1)
+        check_int("num_kvcache_blocks", self.num_kvcache_blocks, -1)
+        if self.num_kvcache_blocks in (0, 1):
+            raise ValueError(f"num_kvcache_blocks must be -1 or at least 2, got {self.num_kvcache_blocks}")
+        check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_minimum=True)
+        check_int("tensor_parallel_size", self.tensor_parallel_size, 1)
+        if self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"tensor_parallel_size must be 1, got {self.tensor_parallel_size}: one device is used"
+            )
+        if not isinstance(self.dtype, torch.dtype):
+            check_choice("dtype", self.dtype, ("auto", *DTYPES))
+        elif self.dtype not in DTYPES.values():
+            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}; got {self.dtype}")
+        check_choice("attention_backend", self.attention_backend, ("auto", *BACKENDS))
+        check_choice("load_format", self.load_format, ("auto", "dummy"))
+        if self.seed is not None:
+            check_int("seed", self.seed, -(2**63), 2**63 - 1, also=" or None")
+        if self.revision is not None and not isinstance(self.revision, str):
+            raise TypeError(f"revision must be a string or None, got {self.revision!r}")
+        if self.trust_remote_code:
+            raise ValueError(
+                "trust_remote_code must be False: code that comes with a checkpoint is never run"
+            )
+        if not self.enable_chunked_prefill:
+            raise ValueError(
+                "enable_chunked_prefill must be True: a prompt that does not fit into what is left of a step's "
+                "max_num_batched_tokens is always cut"
+            )
+        self.torch_device  # noqa: B018  (raises if there is no such device)
+
+    @property
+    def torch_device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except (RuntimeError, TypeError):
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {self.device!r}")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device {str(self.device)!r} is not there: {torch.cuda.device_count()} CUDA devices are"
+            )
+        return device
+
+    def torch_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
+        if isinstance(self.dtype, torch.dtype):
+            return self.dtype
+        return checkpoint if self.dtype == "auto" else DTYPES[self.dtype]
+
+
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+
+ROPE_PARAMETERS = {  # rope type: (parameters it must have, parameters it may have)
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: its base, and how its frequencies are scaled (one of `ROPE_PARAMETERS`)."""
+
+    theta: float = 10000.0
+    type: str = "default"
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> "RopeConfig":
+        """Read either spelling: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
+        given = dict(getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {})
+        old_type = given.pop("type", None)
+        rope_type = given.pop("rope_type", None) or old_type or "default"
+        theta = given.pop("rope_theta", None) or getattr(hf, "rope_theta", None) or cls.theta
+        partial = given.pop("partial_rotary_factor", None) or getattr(hf, "partial_rotary_factor", None)
+        if partial not in (None, 1.0):
+            raise ValueError(
+                "rotary embedding of a part of the head (partial_rotary_factor) is not supported"
+            )
+        if rope_type not in ROPE_PARAMETERS:
+            raise ValueError(f"rope scaling {rope_type!r} is not supported; {', '.join(ROPE_PARAMETERS)} are")
+        required, optional = ROPE_PARAMETERS[rope_type]
+        parameters = {name: value for name, value in given.items() if value is not None}
+        if "original_max_position_embeddings" in required:
+            parameters.setdefault("original_max_position_embeddings", hf.max_position_embeddings)
+        missing = [name for name in required if name not in parameters]
+        unknown = [name for name in parameters if name not in required + optional]
+        if missing or (unknown and rope_type != "default"):
+            raise ValueError(f"rope scaling {rope_type!r}: missing {missing}, not supported {unknown}")
+        return cls(float(theta), rope_type, parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One decoder architecture by flags: Qwen3, Qwen2 and Llama differ in biases and in q/k-norm."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qk_norm: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    dtype: torch.dtype
+    eos_token_ids: frozenset[int]
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> "ModelConfig":
+        """Read a transformers config, new or old spelling.
+
+        Raises:
+            ValueError: for an architecture or a feature that this engine does not run, by name.
+        """
+        check_choice("model_type of the checkpoint", hf.model_type, tuple(ARCHITECTURES))
+        for architecture in getattr(hf, "architectures", None) or ():
+            check_choice("architecture of the checkpoint", architecture, tuple(ARCHITECTURES.values()))
+        if getattr(hf, "quantization_config", None):
+            method = dict(hf.quantization_config).get("quant_method", "of unknown kind")
+            raise ValueError(
+                f"quantised checkpoints ({method}) are not supported; bfloat16, float16 and float32 are"
+            )
+        if hf.hidden_act != "silu":
+            raise ValueError(f"activation {hf.hidden_act!r} is not supported; 'silu' is")
+        slides = getattr(hf, "use_sliding_window", False) and hf.max_window_layers < hf.num_hidden_layers
+        if slides or "sliding_attention" in (getattr(hf, "layer_types", None) or ()):
+            raise ValueError(f"sliding-window attention (window {hf.sliding_window}) is not supported")
+        attention_bias = getattr(hf, "attention_bias", False)
+        eos = getattr(hf, "eos_token_id", None)
+        dtype = getattr(hf, "dtype", None) or getattr(hf, "torch_dtype", None) or torch.float32
+        return cls(
+            vocab_size=hf.vocab_size,
+            hidden_size=hf.hidden_size,
+            intermediate_size=hf.intermediate_size,
+            num_layers=hf.num_hidden_layers,
+            num_heads=hf.num_attention_heads,
+            num_kv_heads=hf.num_key_value_heads,
+            head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+            rms_norm_eps=hf.rms_norm_eps,
+            rope=RopeConfig.from_hf(hf),
+            max_position_embeddings=hf.max_position_embeddings,
+            tie_word_embeddings=hf.tie_word_embeddings,
+            qk_norm=hf.model_type == "qwen3",
+            qkv_bias=hf.model_type == "qwen2" or attention_bias,
+            o_bias=hf.model_type != "qwen2" and attention_bias,
+            mlp_bias=getattr(hf, "mlp_bias", False),
+            dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
+            eos_token_ids=token_id_set(eos),
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ModelConfig":
+        """Read `config.json`, and the end-of-sequence tokens of `generation_config.json` where there are any."""
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model folder {str(folder)!r} has no config.json")
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        check_choice("model_type of the checkpoint", model_type, tuple(ARCHITECTURES))
+        config = cls.from_hf(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        generation_config = folder / "generation_config.json"
+        if generation_config.is_file():
+            eos = token_id_set(json.loads(generation_config.read_text(encoding="utf-8")).get("eos_token_id"))
+            config = replace(config, eos_token_ids=eos or config.eos_token_ids)
+        return config
+
+    @property
+    def max_len(self) -> int:
+        """The longest sequence that the positions are made for."""
+        if self.rope.type == "yarn":
+            scaled = self.rope.parameters["factor"] * self.rope.parameters["original_max_position_embeddings"]
+            return max(self.max_position_embeddings, int(scaled))
+        return self.max_position_embeddings
+
+
+def token_id_set(ids: int | list[int] | None) -> frozenset[int]:
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)

@@ -1,0 +1,1 @@
+"""The engine: sequences, blocks, the scheduler, and the runner that owns the device."""

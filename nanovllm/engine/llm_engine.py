@@ -1,0 +1,136 @@
+"""LLMEngine: the loop that joins the scheduler and the model runner. It knows token ids, no text.
+
+    CPU     | plan N+1 | launch forward N+1 | commit N | launch sampling N+1 | plan N+2 | …
+    device  | … forward N | sample N | forward N+1 ……………………………… | sample N+1 | forward N+2 …
+
+Step N+1 is planned from counts, and launched, before the tokens of step N are read: the device never waits for the CPU.
+When N+1 is sampled, N is committed, so that every sampled sequence's history is known on the CPU.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from nanovllm.config import Config, ModelConfig
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.model_runner import ModelRunner, SampledTokens
+from nanovllm.engine.scheduler import Scheduler, Step
+from nanovllm.engine.sequence import Sequence
+from nanovllm.models.loader import resolve_model
+
+
+class StepCounts(NamedTuple):
+    """Tokens computed by the step that a turn of the loop committed."""
+
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+
+    def plus(self, other: "StepCounts") -> "StepCounts":
+        return StepCounts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class LLMEngine:
+    """Owns one model's scheduler and runner. Finished sequences wait in `finished` until they are taken."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.folder = resolve_model(config.model, config.revision)
+        model_config = ModelConfig.from_folder(self.folder)
+        self.model_config = replace(model_config, dtype=config.torch_dtype(model_config.dtype))
+        self.max_model_len = min(config.max_model_len, self.model_config.max_len)
+        self.runner: ModelRunner | None = ModelRunner(
+            config, self.model_config, self.folder, self.max_model_len
+        )
+        self.finished: dict[int, Sequence] = {}
+        self.in_flight: tuple[Step, SampledTokens] | None = None
+        self.scheduler = self._new_scheduler()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no sequence is unfinished. A step may still be in flight, for sequences that ended before it."""
+        return not self.scheduler.has_unfinished
+
+    def add(self, seq: Sequence) -> None:
+        self._runner()
+        self.scheduler.add(seq)
+
+    def abort(self, seq_ids: set[int]) -> None:
+        """Drop these sequences wherever they are; ids of none are passed over."""
+        self.scheduler.abort(seq_ids)
+        for seq_id in seq_ids & self.finished.keys():
+            del self.finished[seq_id]
+
+    def step(self) -> StepCounts:
+        """One turn of the loop: plan and launch a step, commit the one before it.
+
+        On any exception, Ctrl-C included, every unfinished sequence is dropped and the engine is as new; what had
+        finished stays in `finished`.
+        """
+        runner = self._runner()
+        try:
+            step = self.scheduler.schedule()
+            logits = runner.forward(step) if step else None
+            counts = self._commit()
+            if step is not None and logits is not None and self.scheduler.has_unfinished:
+                self.in_flight = step, runner.sample(step, logits)
+            if not self.config.async_scheduling:
+                counts = self._commit()
+            return counts
+        except BaseException:
+            self._reset()
+            raise
+
+    def stats(self) -> dict[str, Any]:
+        manager = self.scheduler.block_manager
+        num_blocks = manager.num_blocks - 1
+        in_use = num_blocks - len(manager.free)
+        return {
+            "num_kvcache_blocks": num_blocks,
+            "kvcache_block_size": manager.block_size,
+            "num_blocks_in_use": in_use,
+            "num_blocks_cached": len(manager.cached),
+            "kv_cache_usage": in_use / num_blocks,
+            "num_running": len(self.scheduler.running),
+            "num_waiting": len(self.scheduler.waiting),
+            "prefix_cache_queries": self.scheduler.num_prefix_queries,
+            "prefix_cache_hits": self.scheduler.num_prefix_hits,
+            "num_preemptions": self.scheduler.num_preemptions,
+        }
+
+    def close(self) -> None:
+        """Give the device's memory back. The engine cannot be used afterwards."""
+        on_cuda = self.runner is not None and self.runner.device.type == "cuda"
+        self.runner = self.in_flight = None
+        if on_cuda:
+            torch.cuda.empty_cache()
+
+    def _runner(self) -> ModelRunner:
+        if self.runner is None:
+            raise RuntimeError("this LLM is closed")
+        return self.runner
+
+    def _new_scheduler(self) -> Scheduler:
+        config = self.config
+        manager = BlockManager(
+            self._runner().num_blocks, config.kvcache_block_size, config.enable_prefix_caching
+        )
+        return Scheduler(manager, config.max_num_seqs, config.max_num_batched_tokens)
+
+    def _commit(self) -> StepCounts:
+        if self.in_flight is None:
+            return StepCounts()
+        step, sampled = self.in_flight
+        self.in_flight = None
+        self.finished.update((seq.seq_id, seq) for seq in self.scheduler.commit(sampled.result()))
+        return StepCounts(step.num_prefill_tokens, step.num_decode_tokens)
+
+    def _reset(self) -> None:
+        """Start over after an exception: a planned block may be in the prefix cache without its KV."""
+        self.in_flight = None
+        try:
+            self._runner().synchronize()
+            self.scheduler = self._new_scheduler()
+        except BaseException:
+            self.close()
+            raise

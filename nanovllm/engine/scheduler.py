@@ -1,0 +1,181 @@
+"""Scheduler: owns the sequences and their blocks, plans steps, and takes their tokens.
+
+There is one phase. Each sequence has `num_computed_tokens` catch up with its length, under one token budget a
+step: chunked prefill, prefix hits, mixing with decode and resuming after a preemption are the same arithmetic.
+Planning needs counts only, so step N+1 is planned while the tokens of step N are still on the device.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import Logprob
+
+
+class ScheduledSequence(NamedTuple):
+    """The tokens of one sequence that a step computes: positions start … start+num_tokens-1."""
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    is_decode: bool  # its one token is the last one sampled for its row, which the device has
+    is_sampled: bool  # it reaches the sequence's end, so that a new token is drawn
+
+
+@dataclass
+class Step:
+    """What one launch computes: decode rows first, then chunks of prompts; and the block-table entries new to it."""
+
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    block_updates: list[tuple[int, int, int]] = field(
+        default_factory=list
+    )  # (row, index in its table, block)
+
+    @property
+    def num_decode_tokens(self) -> int:
+        return sum(s.is_decode for s in self.scheduled)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(s.num_tokens for s in self.scheduled if not s.is_decode)
+
+
+class Scheduler:
+    """Plans with `schedule()` and learns with `commit()`. Rows 1 … max_num_seqs are handed out; row 0 is trash."""
+
+    def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
+        self.block_manager = block_manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.free_rows = list(range(max_num_seqs, 0, -1))
+        self.num_preemptions = 0
+        self.num_prefix_queries = 0  # tokens looked up in the prefix cache, and tokens found
+        self.num_prefix_hits = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def abort(self, seq_ids: set[int]) -> None:
+        """Finish these sequences, where they still run or wait, with reason "abort" and free what they hold."""
+        for seq in [s for s in (*self.running, *self.waiting) if s.seq_id in seq_ids]:
+            seq.finish_reason = "abort"
+            if seq.row:
+                self._leave_row(seq)
+        self.waiting = deque(s for s in self.waiting if not s.is_finished)
+
+    def schedule(self) -> Step | None:
+        """Plan the next step, counting it as computed at once; None if no sequence has a token to compute now."""
+        step = Step()
+        budget, preempted = self._schedule_running(step, self.max_num_batched_tokens)
+        if not preempted and self._admits():
+            self._schedule_waiting(step, budget)
+        step.scheduled.sort(key=lambda s: not s.is_decode)
+        return step if step.scheduled else None
+
+    def commit(self, sampled: Iterable[tuple[Sequence, int, dict[int, Logprob] | None]]) -> list[Sequence]:
+        """Take the tokens that a step drew, with their log-probabilities; return the sequences that finished.
+
+        A sequence that was finished before (aborted) is passed over.
+        """
+        finished: list[Sequence] = []
+        for seq, token_id, candidates in sampled:
+            if seq.is_finished:
+                continue
+            seq.append(token_id, candidates)
+            if seq.is_finished:
+                finished.append(seq)
+                if seq.row:
+                    self._leave_row(seq)
+                else:  # preempted while this token was on its way
+                    self.waiting.remove(seq)
+            elif seq.row:
+                self.block_manager.register(seq)
+        return finished
+
+    def _schedule_running(self, step: Step, budget: int) -> tuple[int, bool]:
+        """Plan for the running sequences, oldest first, preempting the newest ones where blocks run out."""
+        preempted = False
+        i = 0
+        while i < len(self.running) and budget:
+            seq = self.running[i]
+            num_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
+            if num_tokens == 0 or (seq.num_pending and seq.reaches_length):
+                i += 1
+                continue
+            num_known_blocks = len(seq.block_table)
+            while not self.block_manager.extend(seq, seq.num_computed_tokens + num_tokens):
+                preempted = True
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is seq:
+                    return budget, preempted
+            self._plan(step, seq, num_tokens, num_known_blocks)
+            budget -= num_tokens
+            i += 1
+        return budget, preempted
+
+    def _admits(self) -> bool:
+        """Admit in bunches: a step that mixes a few prompts with many decode rows is the slowest kind."""
+        num_free = len(self.free_rows)
+        return not self.running or num_free >= len(self.waiting) or num_free * 16 >= self.max_num_seqs
+
+    def _schedule_waiting(self, step: Step, budget: int) -> None:
+        manager = self.block_manager
+        while self.waiting and budget and self.free_rows:
+            seq = self.waiting[0]
+            cached = manager.match(seq)
+            num_cached = len(cached) * manager.block_size
+            num_tokens = min(len(seq.token_ids) - num_cached, budget)
+            num_new = -(-(num_cached + num_tokens) // manager.block_size) - len(cached)
+            num_free = len(manager.free) - sum(manager.ref_counts[block] == 0 for block in cached)
+            if (
+                num_new + len(self.running) > num_free and self.running
+            ):  # leave each running one its next block
+                return
+            self.waiting.popleft()
+            manager.share(seq, cached)
+            seq.row = self.free_rows.pop()
+            seq.num_computed_tokens = num_cached
+            seq.num_prefill_tokens = len(seq.token_ids)
+            if seq.num_cached_tokens is None:
+                seq.num_cached_tokens = num_cached
+            self.num_prefix_queries += len(seq.token_ids)
+            self.num_prefix_hits += num_cached
+            self.running.append(seq)
+            extended = manager.extend(seq, num_cached + num_tokens)
+            assert extended, "the pool holds less than one sequence"
+            self._plan(step, seq, num_tokens, num_known_blocks=0)
+            budget -= num_tokens
+
+    def _plan(self, step: Step, seq: Sequence, num_tokens: int, num_known_blocks: int) -> None:
+        for i in range(num_known_blocks, len(seq.block_table)):
+            step.block_updates.append((seq.row, i, seq.block_table[i]))
+        start = seq.num_computed_tokens
+        seq.num_computed_tokens += num_tokens
+        is_sampled = seq.num_computed_tokens == seq.num_tokens
+        is_decode = start >= seq.num_prefill_tokens
+        step.scheduled.append(ScheduledSequence(seq, start, num_tokens, is_decode, is_sampled))
+        self.block_manager.register(seq)
+        seq.num_pending += is_sampled
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the head of the queue; what it computed is lost but for what stays in the prefix cache."""
+        self._leave_row(seq)
+        seq.num_computed_tokens = 0
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def _leave_row(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.block_manager.release(seq)
+        self.free_rows.append(seq.row)
+        seq.row = 0

@@ -1,0 +1,98 @@
+"""The sampler: from logits to token ids, greedy and random in one path.
+
+A token is drawn by the Gumbel-max trick: the arg max of logits / temperature + Gumbel noise has the softmax's
+distribution, and without noise it is the greedy token. The noise is a pure function of (seed, position, vocabulary id), so
+a request draws the same tokens whatever batch it is in, and on any number of devices.
+"""
+
+import torch
+from torch import Tensor
+
+from nanovllm.engine.batch import SamplingBatch
+
+
+def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """Draw a token for each row of logits [S, vocabulary]; int64 [S]."""
+    if batch.banned.numel():
+        logits = logits.index_put(tuple(batch.banned), logits.new_tensor(-torch.inf))
+    if not batch.is_random:
+        return logits.argmax(dim=-1)
+    greedy = (batch.temperature == 0).unsqueeze(1)
+    temperature = batch.temperature.unsqueeze(1).masked_fill(greedy, 1.0)
+    # From the maximum down, so that a tiny temperature cannot overflow.
+    scores = logits.float()
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
+    if batch.is_truncated:
+        scores = truncate(scores, batch.min_p, batch.top_k, batch.top_p)
+    noise = gumbel_noise(batch.seeds, batch.positions, scores.shape[1])
+    return (scores + noise.masked_fill_(greedy, 0.0)).argmax(dim=-1)
+
+
+def truncate(scores: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Set to -inf what min-p, then top-k, then top-p leave out, each on what the one before kept; ties are kept.
+
+    `scores` [S, vocabulary] float32 have their maximum at 0; the parameters are [S].
+    """
+    scores = scores.masked_fill(scores.exp() < min_p.unsqueeze(1), -torch.inf)
+    alive = (scores > -torch.inf).float()
+    scores = keep_largest(scores, alive, torch.minimum(top_k, alive.sum(dim=-1)))
+    weights = scores.exp()
+    target = torch.where(
+        top_p < 1, top_p * weights.sum(dim=-1), torch.inf
+    )  # rounding must not cut the tail at 1
+    return keep_largest(scores, weights, target)
+
+
+def keep_largest(scores: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    """Keep the largest scores, up to the one with which their weights add up to `target` [S]; ties are kept.
+
+    All are kept where the weights do not reach the target.
+
+    The threshold is found by bisection over the 32 bits of a float, 32 passes without a sort: the largest value such
+    that the weights of the scores at or above it reach the target.
+    """
+    bits = scores.view(torch.int32)
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # ordered as the floats are
+    low = torch.full_like(target, -(2**31), dtype=torch.int64)  # every score is at or above it
+    high = torch.full_like(low, 2**31)  # none is
+    for _ in range(32):
+        middle = (low + high) >> 1
+        reaches = (weights * (keys >= middle.unsqueeze(1))).sum(dim=-1) >= target
+        low, high = torch.where(reaches, middle, low), torch.where(reaches, high, middle)
+    return scores.masked_fill(keys < low.unsqueeze(1), -torch.inf)
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel noise [S, vocab_size] float32 for int64 `seeds` and `positions` [S].
+
+    A key of 64 bits for each row (splitmix64's finaliser, Steele et al. 2014), then for each column two rounds of a 32-bit
+    integer hash (lowbias32, Wellons), of which 31 bits make a uniform v; -log(-log(1 - v)). Taking 1 - v keeps the
+    finest steps where the noise is largest; the clamp keeps v, which may round to 1, from making it infinite.
+    """
+    key = _mix64(_mix64(seeds) + positions)
+    low, high = key.to(torch.int32).unsqueeze(1), (key >> 32).to(torch.int32).unsqueeze(1)
+    columns = torch.arange(vocab_size, dtype=torch.int32, device=seeds.device)
+    uniform = (_mix32(_mix32(columns ^ low) ^ high) & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
+    return uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
+
+
+def _mix64(x: Tensor) -> Tensor:
+    x = x + -0x61C8864680B583EB  # the golden ratio, 2^64 / φ, as a signed number
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def _mix32(x: Tensor) -> Tensor:
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-softmax of raw logits [R, vocabulary]: of `token_ids` [R], with their ranks (1 is the most likely), and
+    the `num_top` largest with their token ids: float32 [R], int64 [R], float32 [R, num_top], int64 [R, num_top]."""
+    values = torch.log_softmax(logits.float(), dim=-1)
+    drawn = values.gather(1, token_ids.unsqueeze(1))
+    top = values.topk(num_top, dim=-1)
+    return drawn.squeeze(1), (values >= drawn).sum(dim=-1), top.values, top.indices
