@@ -1,0 +1,1 @@
+"""The decoder, and the loader that fills it from safetensors."""

@@ -1,0 +1,98 @@
+"""The decoder: Qwen3, Qwen2 and Llama. They differ in flags: q/k-norm, biases, rotary scaling, a tied head.
+
+Module names are the checkpoints' names, so that the loader needs no table. The model knows tokens, positions and
+paged KV; it does not know requests.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm.attention import AttentionBackend
+from nanovllm.config import ModelConfig
+from nanovllm.engine.batch import Batch
+from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.embedding import Embedding
+from nanovllm.layers.linear import Linear, MergedLinear
+from nanovllm.layers.norm import RMSNorm
+from nanovllm.layers.rotary import RotaryEmbedding, apply_rotary
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share H_kv key-value heads of size D."""
+
+    def __init__(self, config: ModelConfig, backend: AttentionBackend):
+        super().__init__()
+        self.backend = backend
+        self.head_dim = config.head_dim
+        self.num_heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        q_size, kv_size, _ = (n * config.head_dim for n in self.num_heads)
+        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = MergedLinear(config.hidden_size, parts, config.qkv_bias, config.dtype)
+        self.o_proj = Linear(q_size, config.hidden_size, config.o_bias, config.dtype)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.dtype)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.dtype)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
+        qkv = self.qkv_proj(x)  # [T, (H + 2 H_kv) D]
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.num_heads, dim=1)  # [T, heads, D] each
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        self.backend.store(k, v, k_cache, v_cache, batch)
+        attended = self.backend.attend(q, k_cache, v_cache, batch)  # [T, H, D]
+        return self.o_proj(attended.flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+        self.gate_up_proj = MergedLinear(config.hidden_size, parts, config.mlp_bias, config.dtype)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, config.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, backend: AttentionBackend):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.dtype)
+        self.self_attn = Attention(config, backend)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.dtype)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, k_cache, v_cache, batch)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids to logits. Parameters are unfilled, on the default device, until the loader fills them."""
+
+    def __init__(self, config: ModelConfig, backend: AttentionBackend, max_len: int):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.dtype)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim, max_len)
+        self.layers = nn.ModuleList(DecoderLayer(config, backend) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.dtype)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=config.dtype)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, batch: Batch, kv_cache: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Compute a step: hidden states [T, hidden] of its tokens, whose keys and values go to the cache.
+
+        `kv_cache` holds each layer's keys and values, [blocks, block_size, H_kv, D] both.
+        """
+        x = self.embed_tokens(batch.input_ids)
+        cos, sin = self.rotary(batch.positions)
+        for layer, (k_cache, v_cache) in zip(self.layers, kv_cache, strict=True):
+            x = layer(x, cos, sin, k_cache, v_cache, batch)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [S, vocabulary] of hidden states [S, hidden] that `forward` returned."""
+        return self.lm_head(self.norm(hidden))

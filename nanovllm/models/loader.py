@@ -1,0 +1,133 @@
+"""The loader: finds a checkpoint and fills a model from its safetensors, every name accounted for.
+
+Tensors are read one at a time and copied to the view of the parameter that they fill: nothing is held twice.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nanovllm.layers.linear import MergedLinear
+
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def resolve_model(model: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder of a model: a local one as it is, a Hub id downloaded (safetensors, configs and tokenizer alone).
+
+    Raises:
+        ValueError: there is no such folder, and it is not a Hub id that can be fetched.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
+        raise ValueError(f"model {str(model)!r} is neither a folder nor a Hub id of the form 'owner/name'")
+    try:
+        return Path(
+            snapshot_download(str(model), revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"])
+        )
+    except Exception as error:
+        raise ValueError(f"model {str(model)!r} is no folder here and cannot be fetched from the Hub: {error}") from error
+
+
+def load_weights(model: nn.Module, folder: Path, show_progress: bool) -> None:
+    """Fill every parameter of `model` from the safetensors in `folder`.
+
+    Raises:
+        ValueError: no safetensors, a file that is missing or damaged, a tensor of another shape or no float, or names
+            that are missing, unexpected or there twice; each with its name.
+    """
+    unfilled = parameter_views(model)
+    # What a checkpoint may repeat: the names of shared parameters (a tied head), and old tables of frequencies.
+    redundant = {name for name, _ in model.named_parameters(remove_duplicate=False)} - unfilled.keys()
+    unexpected = []
+    with tqdm(total=len(unfilled), desc="Loading weights", unit="tensor", disable=not show_progress) as bar:
+        for name, tensor, file in read_tensors(folder):
+            view = unfilled.pop(name.removeprefix("model."), None)
+            if view is None:
+                if name not in redundant and not name.endswith("rotary_emb.inv_freq"):
+                    unexpected.append(name)
+                continue
+            if tensor.shape != view.shape or not tensor.is_floating_point() or tensor.element_size() < 2:
+                raise ValueError(
+                    f"{file.name}: {name} is {tensor.dtype} {list(tensor.shape)}, expected a float {list(view.shape)}"
+                )
+            view.copy_(tensor)
+            bar.update()
+    if unfilled or unexpected:
+        raise ValueError(
+            f"checkpoint {str(folder)!r} does not fit the model: missing {_some(list(unfilled))}, "
+            f"unexpected {_some(unexpected)}"
+        )
+
+
+def load_dummy(model: nn.Module, seed: int = 0) -> None:
+    """Fill `model` with repeatable random weights: norms 1, biases and matrices normal with deviation 0.02."""
+    for name, parameter in sorted(model.named_parameters()):
+        generator = torch.Generator(parameter.device).manual_seed(seed)
+        seed += 1
+        if "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, 0.02, generator=generator)
+
+
+def parameter_views(model: nn.Module) -> dict[str, Tensor]:
+    """Checkpoint name (without "model.") → the parameter, or the part of a merged one, that it fills.
+
+    A parameter that two modules share (a tied head) is filled under the first one's name.
+    """
+    views: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        path, _, kind = name.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, MergedLinear):
+            parent = path.rpartition(".")[0]
+            parts = parameter.split(list(module.parts.values()))
+            views.update((f"{parent}.{part}.{kind}", view) for part, view in zip(module.parts, parts, strict=True))
+        else:
+            views[name] = parameter
+    return views
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor, Path]]:
+    """Every tensor of the checkpoint in `folder` with its name and file, memory-mapped."""
+    for file in _files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    yield name, tensors.get_tensor(name), file
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{str(file)!r} is damaged or truncated: {error}") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [folder / name for name in sorted(names)]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(f"checkpoint {str(folder)!r} lacks {_some(missing)}, which {index.name} names")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+        what = f"only {_some(pickles)}, and pickles are never loaded; convert them" if pickles else "no weights"
+        raise ValueError(f"model folder {str(folder)!r} has no safetensors: {what}")
+    return files
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:8])
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown or "nothing"
