@@ -1,0 +1,57 @@
+"""Tiny random models of every family, and the demo model where it has been fetched."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+DEMO_MODEL = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct"
+CONFIGS = {"qwen3": transformers.Qwen3Config, "qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def make_model(folder: Path, family: str, **changes: Any) -> Path:
+    """Save a random model in float32: every parameter random, biases and norms too."""
+    torch.manual_seed(0)
+    config = CONFIGS[family](**(SIZES | ({"head_dim": 16} if family == "qwen3" else {}) | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_model(family, **config)`: the folder of a random model, made once for each set of arguments."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "qwen3", **changes: Any) -> Path:
+        key = f"{family} {sorted(changes.items())}"
+        if key not in made:
+            made[key] = make_model(tmp_path_factory.mktemp(family), family, **changes)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    if not (DEMO_MODEL / "config.json").is_file():
+        pytest.skip("the demo model is not there; `make test` fetches it")
+    return DEMO_MODEL

@@ -1,0 +1,162 @@
+"""In float32 every way to schedule the same requests gives the same tokens, greedy and sampled, and leaks nothing."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanovllm import LLM, SamplingParams
+
+MODES = {
+    "synchronous": {"async_scheduling": False},
+    "no prefix cache": {"enable_prefix_caching": False},
+    "chunks of 1": {"max_num_batched_tokens": 1},
+    "chunks of 3": {"max_num_batched_tokens": 3},
+    "chunks of 17, synchronous": {"max_num_batched_tokens": 17, "async_scheduling": False},
+    "one sequence at a time": {"max_num_seqs": 1},
+    "three sequences at a time": {"max_num_seqs": 3},
+    "blocks of 1": {"kvcache_block_size": 1},
+    "blocks of 5": {"kvcache_block_size": 5},
+    "blocks of 256": {"kvcache_block_size": 256},
+    "a pool that preempts": {"kvcache_block_size": 4, "num_kvcache_blocks": 34},
+    "a pool that preempts, no prefix cache": {
+        "kvcache_block_size": 4,
+        "num_kvcache_blocks": 34,
+        "enable_prefix_caching": False,
+    },
+    "a pool that preempts, synchronous, chunks": {
+        "kvcache_block_size": 4,
+        "num_kvcache_blocks": 34,
+        "async_scheduling": False,
+        "max_num_batched_tokens": 13,
+    },
+}
+SHARED = [(5 * i + 3) % 128 for i in range(40)]
+PROMPTS = [SHARED[:n] + [(11 * i + n) % 128 for i in range(m)] for n in (0, 7, 16, 40) for m in (1, 5, 22)] * 2
+PARAMS = [
+    SamplingParams(temperature=0.0 if i % 2 else 0.8, max_tokens=5 + 7 * (i % 6), seed=i, top_k=20 * (i % 3), top_p=0.9)
+    for i in range(len(PROMPTS))
+]
+
+
+def make_llm(folder, **options):
+    return LLM(folder, **({"max_model_len": 128, "device": "cpu", "use_tqdm": False, "num_kvcache_blocks": 400} | options))
+
+
+def run(llm, prompts=PROMPTS, params=PARAMS):
+    outputs = [(o["token_ids"], o["finish_reason"]) for o in llm.generate(prompts, params, use_tqdm=False)]
+    assert_nothing_leaks(llm)
+    return outputs
+
+
+def assert_nothing_leaks(llm):
+    scheduler = llm.engine.scheduler
+    manager = scheduler.block_manager
+    assert len(manager.free) == manager.num_blocks - 1
+    assert not any(manager.ref_counts)
+    assert sorted(scheduler.free_rows) == list(range(1, scheduler.max_num_seqs + 1))
+    assert not scheduler.waiting
+    assert not scheduler.running
+    assert llm.is_finished()
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model):
+    """Each request alone, in one piece, synchronously, in a fresh cache."""
+    llm = make_llm(tiny_model(), async_scheduling=False, enable_prefix_caching=False)
+    return [run(llm, [prompt], [params])[0] for prompt, params in zip(PROMPTS, PARAMS)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_gives_the_same_tokens(mode, tiny_model, expected):
+    llm = make_llm(tiny_model(), **MODES[mode])
+    assert run(llm) == expected
+    assert run(llm) == expected, "with what the first run left in the prefix cache"
+    if "preempts" in mode:
+        assert llm.stats()["num_preemptions"] > 0
+
+
+def test_batch_order_does_not_matter(tiny_model, expected):
+    llm = make_llm(tiny_model(), max_num_seqs=5)
+    assert run(llm, PROMPTS[::-1], PARAMS[::-1]) == expected[::-1]
+
+
+def test_identical_prompts_in_one_step_share_their_blocks(tiny_model, expected):
+    llm = make_llm(tiny_model())
+    outputs = llm.generate([PROMPTS[11]] * 4, PARAMS[11], use_tqdm=False)
+    assert [o["token_ids"] for o in outputs] == [expected[11][0]] * 4
+    assert [o.num_cached_tokens for o in outputs] == [0, 48, 48, 48]  # of 62, in blocks of 16
+
+
+def test_a_wholly_cached_prompt_still_computes_its_last_token(tiny_model):
+    """A prompt of whole blocks that are all cached has no logits to draw from, unless its last block is computed."""
+    llm = make_llm(tiny_model())
+    first, second = (llm.generate([SHARED[:32]], PARAMS[1], use_tqdm=False)[0] for _ in range(2))
+    assert second["token_ids"] == first["token_ids"]
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 16)
+
+
+def test_every_eos_token_stops(tiny_model):
+    """Of several EOS ids each ends a completion, which is kept in token_ids, overlapped or not."""
+    plain = make_llm(tiny_model())
+    (free,) = plain.generate([SHARED], SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)
+    for position in (0, 3, 10):
+        eos = free["token_ids"][position]
+        cut = free["token_ids"][: free["token_ids"].index(eos) + 1]
+        folder = tiny_model(eos_token_id=[127, eos] if eos != 127 else [0, eos])
+        for overlapped in (True, False):
+            llm = make_llm(folder, async_scheduling=overlapped)
+            (output,) = llm.generate([SHARED], SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)
+            assert (output["token_ids"], output["finish_reason"], output["stop_reason"]) == (cut, "stop", None)
+            assert_nothing_leaks(llm)
+
+
+requests = st.tuples(
+    st.integers(0, 40),  # shared tokens
+    st.integers(1, 12),  # own tokens
+    st.integers(1, 20),  # max_tokens
+    st.integers(0, 3),  # seed
+    st.sampled_from([0.0, 1.0]),
+    st.sampled_from([None, [3], list(range(0, 128, 9))]),  # stop_token_ids
+    st.integers(0, 5),  # min_tokens
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    workload=st.lists(requests, min_size=1, max_size=10),
+    rows=st.integers(1, 6),
+    budget=st.integers(1, 40),
+    spare_blocks=st.integers(0, 12),
+    overlapped=st.booleans(),
+    caching=st.booleans(),
+)
+def test_random_workloads_give_the_tokens_of_each_request_alone(
+    tiny_model, oracle, workload, rows, budget, spare_blocks, overlapped, caching
+):
+    """Shared prefixes, stops, chunks, tiny pools, few rows: same tokens, no leaked block or row."""
+    prompts = [SHARED[:shared] + [(7 * i + own) % 128 for i in range(own)] for shared, own, *_ in workload]
+    params = [
+        SamplingParams(temperature=t, max_tokens=max(n, m), seed=s, stop_token_ids=stops, min_tokens=m)
+        for _, _, n, s, t, stops, m in workload
+    ]
+    llm = make_llm(
+        tiny_model(),
+        max_model_len=80,
+        kvcache_block_size=4,
+        num_kvcache_blocks=21 + spare_blocks,
+        max_num_seqs=rows,
+        max_num_batched_tokens=budget,
+        async_scheduling=overlapped,
+        enable_prefix_caching=caching,
+    )
+    outputs = run(llm, prompts, params)
+    assert outputs == [run(oracle, [prompt], [p])[0] for prompt, p in zip(prompts, params)]
+    for (token_ids, reason), p in zip(outputs, params):
+        stopped = p.stop_token_ids is not None and token_ids[-1] in p.stop_token_ids
+        assert reason == ("stop" if stopped else "length")
+        assert len(token_ids) == p.max_tokens or (stopped and len(token_ids) > p.min_tokens)
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_model):
+    return make_llm(tiny_model(), max_model_len=80, async_scheduling=False, enable_prefix_caching=False)

@@ -1,0 +1,130 @@
+"""Faithful to transformers: the same log-probabilities for every architecture, the same tokens for a real model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from nanovllm import LLM, RequestOutput, SamplingParams
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+VARIANTS = {
+    "qwen3": ("qwen3", {}),
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+    "qwen3-bias": ("qwen3", {"attention_bias": True}),
+    "qwen3-head-size-80": ("qwen3", {"head_dim": 80, "num_key_value_heads": 4}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-size": ("llama", {"head_dim": 24}),
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e3}}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32, "rope_theta": 1e4}}),
+    "yarn": ("qwen3", {"rope_parameters": YARN | {"rope_theta": 1e6}}),
+    "yarn-mscale": ("qwen2", {"rope_parameters": YARN | {"rope_theta": 1e4, "mscale": 0.7, "mscale_all_dim": 0.4}}),
+    "yarn-factor": (
+        "llama",
+        {"rope_parameters": YARN | {"rope_theta": 1e4, "attention_factor": 1.3, "beta_fast": 16.0, "truncate": False}},
+    ),
+}
+
+
+def hf_logprobs(model: transformers.PreTrainedModel, output: RequestOutput) -> torch.Tensor:
+    """transformers' log-probabilities [completion tokens, vocabulary] of a prompt and its completion."""
+    token_ids = output.prompt_token_ids + output["token_ids"]
+    with torch.inference_mode():
+        logits = model(torch.tensor([token_ids], device=model.device)).logits[0].float()
+    return logits.log_softmax(-1)[len(output.prompt_token_ids) - 1 : -1].cpu()
+
+
+def our_logprobs(output: RequestOutput) -> torch.Tensor:
+    """The same from a request with logprobs=-1."""
+    rows = [[candidates[i].logprob for i in range(len(candidates))] for candidates in output["logprobs"]]
+    return torch.tensor(rows)
+
+
+def greedy_hf(folder: Path, prompts: list[list[int]], num_tokens: int, device: str) -> list[list[int]]:
+    """transformers' greedy completions, padded on the left; tokens after an end of sequence are cut."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    longest = max(map(len, prompts))
+    pad = model.generation_config.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False)
+    completions = out[:, longest:].tolist()
+    eos = model.generation_config.eos_token_id
+    return [c[: c.index(eos) + 1] if eos in c else c for c in completions]
+
+
+def bfloat16_error(llm: LLM, prompts: list[list[int]]) -> float:
+    """Mean |Δ log-probability| of greedily drawn tokens between `llm` and transformers in float32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(llm.engine.folder, dtype=torch.float32)
+    model.to(llm.config.torch_device)
+    differences = []
+    for output in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=32, logprobs=0), use_tqdm=False):
+        drawn = torch.tensor(output["token_ids"])
+        ours = torch.tensor([candidates[t].logprob for t, candidates in zip(drawn.tolist(), output["logprobs"])])
+        differences.append((ours - hf_logprobs(model, output).gather(1, drawn.unsqueeze(1)).squeeze(1)).abs())
+    return torch.cat(differences).mean().item()
+
+
+VARIED_PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a land far away,",
+    "def fibonacci(n):\n    ",
+    "1, 1, 2, 3, 5, 8,",
+    "Dear Sir or Madam,\n\n",
+    "La capitale de l'Allemagne est",
+    "Q: What is 2 + 2?\nA:",
+    "The three laws of thermodynamics are:",
+]
+
+
+def varied_prompts(tokenizer: transformers.PreTrainedTokenizerBase) -> list[list[int]]:
+    """32 prompts: plain text, chats, and texts of up to 300 tokens."""
+    chats = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        for text in VARIED_PROMPTS
+    ]
+    long = [" ".join(VARIED_PROMPTS[i:] + VARIED_PROMPTS[:i]) * (1 + i % 3) for i in range(8)]
+    short = [text.split()[0] for text in VARIED_PROMPTS]
+    return [tokenizer(text)["input_ids"] for text in [*VARIED_PROMPTS, *chats, *long, *short]]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logprobs_equal_transformers(variant, tiny_model):
+    family, changes = VARIANTS[variant]
+    folder = tiny_model(family, **changes)
+    llm = LLM(folder, max_model_len=128, max_num_seqs=4, device="cpu", use_tqdm=False)
+    prompts = [[(7 * i + j * j) % 128 for j in range(n)] for i, n in enumerate((1, 5, 40, 100))]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, logprobs=-1), use_tqdm=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for output in outputs:
+        torch.testing.assert_close(our_logprobs(output), hf_logprobs(model, output), atol=1e-4, rtol=0)
+
+
+def test_real_model_gives_the_tokens_of_transformers(demo_model):
+    """32 varied prompts, 64 greedy tokens each, in float32: all identical."""
+    llm = LLM(demo_model, dtype="float32", device="cpu", max_model_len=512, use_tqdm=False)
+    prompts = varied_prompts(llm.tokenizer)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64), use_tqdm=False)
+    assert len(prompts) == 32
+    assert [output["token_ids"] for output in outputs] == greedy_hf(demo_model, prompts, 64, "cpu")
+
+
+def test_bfloat16_stays_close_to_float32(demo_model):
+    """Mean |Δ log-probability| of the drawn tokens against transformers in float32 (whose own bfloat16 has 0.020)."""
+    llm = LLM(demo_model, device="cpu", max_model_len=512, use_tqdm=False)
+    assert bfloat16_error(llm, varied_prompts(llm.tokenizer)[::2]) <= 0.05
+
+
+def test_the_capital_of_france_is_paris(demo_model):
+    llm = LLM(demo_model, device="cpu", use_tqdm=False)
+    chat = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    prompt = llm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    (output,) = llm.generate(prompt, SamplingParams(temperature=0), use_tqdm=False)
+    assert output["text"] == "The capital of France is Paris."
+    assert output["finish_reason"] == "stop"
