@@ -111,11 +111,11 @@ class Config:
             raise TypeError(f"revision must be a string or None, got {self.revision!r}")
         if self.trust_remote_code:
             raise ValueError(
-                "trust_remote_code must be False: code that comes with a checkpoint is never run"
+                "trust_remote_code must be False, got True: code that comes with a checkpoint is never run"
             )
         if not self.enable_chunked_prefill:
             raise ValueError(
-                "enable_chunked_prefill must be True: a prompt that does not fit into what is left of a step's "
+                "enable_chunked_prefill must be True, got False: a prompt that does not fit into what is left of a step's "
                 "max_num_batched_tokens is always cut"
             )
         self.torch_device  # noqa: B018  (raises if there is no such device)
@@ -232,7 +232,9 @@ class ModelConfig:
             raise ValueError(f"sliding-window attention (window {hf.sliding_window}) is not supported")
         attention_bias = getattr(hf, "attention_bias", False)
         eos = getattr(hf, "eos_token_id", None)
-        dtype = getattr(hf, "dtype", None) or getattr(hf, "torch_dtype", None) or torch.float32
+        dtype: Any = getattr(hf, "dtype", None) or getattr(hf, "torch_dtype", None) or torch.float32
+        dtype = DTYPES.get(dtype, dtype)
+        check_choice("dtype of the checkpoint", dtype, tuple(DTYPES.values()))
         return cls(
             vocab_size=hf.vocab_size,
             hidden_size=hf.hidden_size,
@@ -249,7 +251,7 @@ class ModelConfig:
             qkv_bias=hf.model_type == "qwen2" or attention_bias,
             o_bias=hf.model_type != "qwen2" and attention_bias,
             mlp_bias=getattr(hf, "mlp_bias", False),
-            dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
+            dtype=dtype,
             eos_token_ids=token_id_set(eos),
         )
 
@@ -258,12 +260,18 @@ class ModelConfig:
         """Read `config.json`, and the end-of-sequence tokens of `generation_config.json` where there are any."""
         if not (folder / "config.json").is_file():
             raise ValueError(f"model folder {str(folder)!r} has no config.json")
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        model_type = read_json(folder / "config.json").get("model_type")
         check_choice("model_type of the checkpoint", model_type, tuple(ARCHITECTURES))
-        config = cls.from_hf(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        try:
+            hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # transformers checks values too, and raises what it likes
+            raise ValueError(
+                f"{str(folder / 'config.json')!r} is refused by transformers: {error}"
+            ) from error
+        config = cls.from_hf(hf)
         generation_config = folder / "generation_config.json"
         if generation_config.is_file():
-            eos = token_id_set(json.loads(generation_config.read_text(encoding="utf-8")).get("eos_token_id"))
+            eos = token_id_set(read_json(generation_config).get("eos_token_id"))
             config = replace(config, eos_token_ids=eos or config.eos_token_ids)
         return config
 
@@ -274,6 +282,17 @@ class ModelConfig:
             scaled = self.rope.parameters["factor"] * self.rope.parameters["original_max_position_embeddings"]
             return max(self.max_position_embeddings, int(scaled))
         return self.max_position_embeddings
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError with the file's name if there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(file)!r} is damaged: it holds no object")
+    return content
 
 
 def token_id_set(ids: int | list[int] | None) -> frozenset[int]:

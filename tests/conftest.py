@@ -9,7 +9,11 @@ import torch
 import transformers
 
 DEMO_MODEL = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct"
-CONFIGS = {"qwen3": transformers.Qwen3Config, "qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}
+CONFIGS = {
+    "qwen3": transformers.Qwen3Config,
+    "qwen2": transformers.Qwen2Config,
+    "llama": transformers.LlamaConfig,
+}
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -34,6 +38,14 @@ def make_model(folder: Path, family: str, **changes: Any) -> Path:
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
     model.save_pretrained(folder)
     return folder
+
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -31,15 +31,23 @@ MODES = {
     },
 }
 SHARED = [(5 * i + 3) % 128 for i in range(40)]
-PROMPTS = [SHARED[:n] + [(11 * i + n) % 128 for i in range(m)] for n in (0, 7, 16, 40) for m in (1, 5, 22)] * 2
+PROMPTS = [
+    SHARED[:n] + [(11 * i + n) % 128 for i in range(m)] for n in (0, 7, 16, 40) for m in (1, 5, 22)
+] * 2
 PARAMS = [
-    SamplingParams(temperature=0.0 if i % 2 else 0.8, max_tokens=5 + 7 * (i % 6), seed=i, top_k=20 * (i % 3), top_p=0.9)
+    SamplingParams(
+        temperature=0.0 if i % 2 else 0.8, max_tokens=5 + 7 * (i % 6), seed=i, top_k=20 * (i % 3), top_p=0.9
+    )
     for i in range(len(PROMPTS))
 ]
 
 
 def make_llm(folder, **options):
-    return LLM(folder, **({"max_model_len": 128, "device": "cpu", "use_tqdm": False, "num_kvcache_blocks": 400} | options))
+    """An LLM with small defaults; on the CPU unless the options say otherwise."""
+    return LLM(
+        folder,
+        **({"max_model_len": 128, "device": "cpu", "use_tqdm": False, "num_kvcache_blocks": 400} | options),
+    )
 
 
 def run(llm, prompts=PROMPTS, params=PARAMS):
@@ -60,53 +68,57 @@ def assert_nothing_leaks(llm):
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_model):
+def expected(tiny_model, device):
     """Each request alone, in one piece, synchronously, in a fresh cache."""
-    llm = make_llm(tiny_model(), async_scheduling=False, enable_prefix_caching=False)
+    llm = make_llm(tiny_model(), device=device, async_scheduling=False, enable_prefix_caching=False)
     return [run(llm, [prompt], [params])[0] for prompt, params in zip(PROMPTS, PARAMS)]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_gives_the_same_tokens(mode, tiny_model, expected):
-    llm = make_llm(tiny_model(), **MODES[mode])
+def test_every_mode_gives_the_same_tokens(mode, tiny_model, expected, device):
+    llm = make_llm(tiny_model(), device=device, **MODES[mode])
     assert run(llm) == expected
     assert run(llm) == expected, "with what the first run left in the prefix cache"
     if "preempts" in mode:
         assert llm.stats()["num_preemptions"] > 0
 
 
-def test_batch_order_does_not_matter(tiny_model, expected):
-    llm = make_llm(tiny_model(), max_num_seqs=5)
+def test_batch_order_does_not_matter(tiny_model, expected, device):
+    llm = make_llm(tiny_model(), device=device, max_num_seqs=5)
     assert run(llm, PROMPTS[::-1], PARAMS[::-1]) == expected[::-1]
 
 
-def test_identical_prompts_in_one_step_share_their_blocks(tiny_model, expected):
-    llm = make_llm(tiny_model())
+def test_identical_prompts_in_one_step_share_their_blocks(tiny_model, expected, device):
+    llm = make_llm(tiny_model(), device=device)
     outputs = llm.generate([PROMPTS[11]] * 4, PARAMS[11], use_tqdm=False)
     assert [o["token_ids"] for o in outputs] == [expected[11][0]] * 4
     assert [o.num_cached_tokens for o in outputs] == [0, 48, 48, 48]  # of 62, in blocks of 16
 
 
-def test_a_wholly_cached_prompt_still_computes_its_last_token(tiny_model):
+def test_a_wholly_cached_prompt_still_computes_its_last_token(tiny_model, device):
     """A prompt of whole blocks that are all cached has no logits to draw from, unless its last block is computed."""
-    llm = make_llm(tiny_model())
+    llm = make_llm(tiny_model(), device=device)
     first, second = (llm.generate([SHARED[:32]], PARAMS[1], use_tqdm=False)[0] for _ in range(2))
     assert second["token_ids"] == first["token_ids"]
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 16)
 
 
-def test_every_eos_token_stops(tiny_model):
+def test_every_eos_token_stops(tiny_model, device):
     """Of several EOS ids each ends a completion, which is kept in token_ids, overlapped or not."""
-    plain = make_llm(tiny_model())
+    plain = make_llm(tiny_model(), device=device)
     (free,) = plain.generate([SHARED], SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)
     for position in (0, 3, 10):
         eos = free["token_ids"][position]
         cut = free["token_ids"][: free["token_ids"].index(eos) + 1]
         folder = tiny_model(eos_token_id=[127, eos] if eos != 127 else [0, eos])
         for overlapped in (True, False):
-            llm = make_llm(folder, async_scheduling=overlapped)
+            llm = make_llm(folder, device=device, async_scheduling=overlapped)
             (output,) = llm.generate([SHARED], SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)
-            assert (output["token_ids"], output["finish_reason"], output["stop_reason"]) == (cut, "stop", None)
+            assert (output["token_ids"], output["finish_reason"], output["stop_reason"]) == (
+                cut,
+                "stop",
+                None,
+            )
             assert_nothing_leaks(llm)
 
 
@@ -131,7 +143,7 @@ requests = st.tuples(
     caching=st.booleans(),
 )
 def test_random_workloads_give_the_tokens_of_each_request_alone(
-    tiny_model, oracle, workload, rows, budget, spare_blocks, overlapped, caching
+    tiny_model, oracle, device, workload, rows, budget, spare_blocks, overlapped, caching
 ):
     """Shared prefixes, stops, chunks, tiny pools, few rows: same tokens, no leaked block or row."""
     prompts = [SHARED[:shared] + [(7 * i + own) % 128 for i in range(own)] for shared, own, *_ in workload]
@@ -141,6 +153,7 @@ def test_random_workloads_give_the_tokens_of_each_request_alone(
     ]
     llm = make_llm(
         tiny_model(),
+        device=device,
         max_model_len=80,
         kvcache_block_size=4,
         num_kvcache_blocks=21 + spare_blocks,
@@ -158,5 +171,7 @@ def test_random_workloads_give_the_tokens_of_each_request_alone(
 
 
 @pytest.fixture(scope="module")
-def oracle(tiny_model):
-    return make_llm(tiny_model(), max_model_len=80, async_scheduling=False, enable_prefix_caching=False)
+def oracle(tiny_model, device):
+    return make_llm(
+        tiny_model(), device=device, max_model_len=80, async_scheduling=False, enable_prefix_caching=False
+    )

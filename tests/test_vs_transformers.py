@@ -22,12 +22,21 @@ VARIANTS = {
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-head-size": ("llama", {"head_dim": 24}),
     "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e3}}),
-    "llama3": ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32, "rope_theta": 1e4}}),
+    "llama3": (
+        "llama",
+        {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32, "rope_theta": 1e4}},
+    ),
     "yarn": ("qwen3", {"rope_parameters": YARN | {"rope_theta": 1e6}}),
-    "yarn-mscale": ("qwen2", {"rope_parameters": YARN | {"rope_theta": 1e4, "mscale": 0.7, "mscale_all_dim": 0.4}}),
+    "yarn-mscale": (
+        "qwen2",
+        {"rope_parameters": YARN | {"rope_theta": 1e4, "mscale": 0.7, "mscale_all_dim": 0.4}},
+    ),
     "yarn-factor": (
         "llama",
-        {"rope_parameters": YARN | {"rope_theta": 1e4, "attention_factor": 1.3, "beta_fast": 16.0, "truncate": False}},
+        {
+            "rope_parameters": YARN
+            | {"rope_theta": 1e4, "attention_factor": 1.3, "beta_fast": 16.0, "truncate": False}
+        },
     ),
 }
 
@@ -64,9 +73,13 @@ def bfloat16_error(llm: LLM, prompts: list[list[int]]) -> float:
     model = transformers.AutoModelForCausalLM.from_pretrained(llm.engine.folder, dtype=torch.float32)
     model.to(llm.config.torch_device)
     differences = []
-    for output in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=32, logprobs=0), use_tqdm=False):
+    for output in llm.generate(
+        prompts, SamplingParams(temperature=0, max_tokens=32, logprobs=0), use_tqdm=False
+    ):
         drawn = torch.tensor(output["token_ids"])
-        ours = torch.tensor([candidates[t].logprob for t, candidates in zip(drawn.tolist(), output["logprobs"])])
+        ours = torch.tensor(
+            [candidates[t].logprob for t, candidates in zip(drawn.tolist(), output["logprobs"])]
+        )
         differences.append((ours - hf_logprobs(model, output).gather(1, drawn.unsqueeze(1)).squeeze(1)).abs())
     return torch.cat(differences).mean().item()
 
@@ -86,7 +99,9 @@ VARIED_PROMPTS = [
 def varied_prompts(tokenizer: transformers.PreTrainedTokenizerBase) -> list[list[int]]:
     """32 prompts: plain text, chats, and texts of up to 300 tokens."""
     chats = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        )
         for text in VARIED_PROMPTS
     ]
     long = [" ".join(VARIED_PROMPTS[i:] + VARIED_PROMPTS[:i]) * (1 + i % 3) for i in range(8)]
@@ -95,34 +110,34 @@ def varied_prompts(tokenizer: transformers.PreTrainedTokenizerBase) -> list[list
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logprobs_equal_transformers(variant, tiny_model):
+def test_logprobs_equal_transformers(variant, tiny_model, device):
     family, changes = VARIANTS[variant]
     folder = tiny_model(family, **changes)
-    llm = LLM(folder, max_model_len=128, max_num_seqs=4, device="cpu", use_tqdm=False)
+    llm = LLM(folder, max_model_len=128, max_num_seqs=4, device=device, use_tqdm=False)
     prompts = [[(7 * i + j * j) % 128 for j in range(n)] for i, n in enumerate((1, 5, 40, 100))]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, logprobs=-1), use_tqdm=False)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     for output in outputs:
         torch.testing.assert_close(our_logprobs(output), hf_logprobs(model, output), atol=1e-4, rtol=0)
 
 
-def test_real_model_gives_the_tokens_of_transformers(demo_model):
+def test_real_model_gives_the_tokens_of_transformers(demo_model, device):
     """32 varied prompts, 64 greedy tokens each, in float32: all identical."""
-    llm = LLM(demo_model, dtype="float32", device="cpu", max_model_len=512, use_tqdm=False)
+    llm = LLM(demo_model, dtype="float32", device=device, max_model_len=512, use_tqdm=False)
     prompts = varied_prompts(llm.tokenizer)
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64), use_tqdm=False)
     assert len(prompts) == 32
-    assert [output["token_ids"] for output in outputs] == greedy_hf(demo_model, prompts, 64, "cpu")
+    assert [output["token_ids"] for output in outputs] == greedy_hf(demo_model, prompts, 64, device)
 
 
-def test_bfloat16_stays_close_to_float32(demo_model):
+def test_bfloat16_stays_close_to_float32(demo_model, device):
     """Mean |Δ log-probability| of the drawn tokens against transformers in float32 (whose own bfloat16 has 0.020)."""
-    llm = LLM(demo_model, device="cpu", max_model_len=512, use_tqdm=False)
+    llm = LLM(demo_model, device=device, max_model_len=512, use_tqdm=False)
     assert bfloat16_error(llm, varied_prompts(llm.tokenizer)[::2]) <= 0.05
 
 
-def test_the_capital_of_france_is_paris(demo_model):
-    llm = LLM(demo_model, device="cpu", use_tqdm=False)
+def test_the_capital_of_france_is_paris(demo_model, device):
+    llm = LLM(demo_model, device=device, use_tqdm=False)
     chat = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
     prompt = llm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     (output,) = llm.generate(prompt, SamplingParams(temperature=0), use_tqdm=False)

@@ -117,7 +117,7 @@ class ModelRunner:
         copied = None
         if self.device.type == "cuda":
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(self.device))
         return SampledTokens(sequences, token_ids, asked, copied)
 
     def synchronize(self) -> None:

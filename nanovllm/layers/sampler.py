@@ -14,7 +14,7 @@ from nanovllm.engine.batch import SamplingBatch
 def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """Draw a token for each row of logits [S, vocabulary]; int64 [S]."""
     if batch.banned.numel():
-        logits = logits.index_put(tuple(batch.banned), logits.new_tensor(-torch.inf))
+        logits = logits.index_put(tuple(batch.banned), logits.new_full((), -torch.inf))
     if not batch.is_random:
         return logits.argmax(dim=-1)
     greedy = (batch.temperature == 0).unsqueeze(1)

@@ -4,7 +4,6 @@ Module names are the checkpoints' names, so that the loader needs no table. The 
 paged KV; it does not know requests.
 """
 
-import torch
 from torch import Tensor, nn
 
 from nanovllm.attention import AttentionBackend
@@ -34,7 +33,9 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.dtype)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.dtype)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch
+    ) -> Tensor:
         qkv = self.qkv_proj(x)  # [T, (H + 2 H_kv) D]
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.num_heads, dim=1)  # [T, heads, D] each
         if self.q_norm is not None and self.k_norm is not None:
@@ -64,7 +65,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.dtype)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, k_cache, v_cache, batch)
         return x + self.mlp(self.post_attention_layernorm(x))
 

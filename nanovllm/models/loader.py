@@ -3,7 +3,6 @@
 Tensors are read one at a time and copied to the view of the parameter that they fill: nothing is held twice.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nanovllm.config import read_json
 from nanovllm.layers.linear import MergedLinear
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
@@ -34,10 +34,14 @@ def resolve_model(model: str | os.PathLike[str], revision: str | None = None) ->
         raise ValueError(f"model {str(model)!r} is neither a folder nor a Hub id of the form 'owner/name'")
     try:
         return Path(
-            snapshot_download(str(model), revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"])
+            snapshot_download(
+                str(model), revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
+            )
         )
     except Exception as error:
-        raise ValueError(f"model {str(model)!r} is no folder here and cannot be fetched from the Hub: {error}") from error
+        raise ValueError(
+            f"model {str(model)!r} is no folder here and cannot be fetched from the Hub: {error}"
+        ) from error
 
 
 def load_weights(model: nn.Module, folder: Path, show_progress: bool) -> None:
@@ -94,7 +98,9 @@ def parameter_views(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, MergedLinear):
             parent = path.rpartition(".")[0]
             parts = parameter.split(list(module.parts.values()))
-            views.update((f"{parent}.{part}.{kind}", view) for part, view in zip(module.parts, parts, strict=True))
+            views.update(
+                (f"{parent}.{part}.{kind}", view) for part, view in zip(module.parts, parts, strict=True)
+            )
         else:
             views[name] = parameter
     return views
@@ -105,7 +111,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor, Path]]:
     for file in _files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
+                for name in tensors.keys():  # noqa: SIM118  (it is no dict)
                     yield name, tensors.get_tensor(name), file
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{str(file)!r} is damaged or truncated: {error}") from error
@@ -114,7 +120,10 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor, Path]]:
 def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        weight_map = read_json(index).get("weight_map")
+        if not weight_map or not isinstance(weight_map, dict):
+            raise ValueError(f"{str(index)!r} is damaged: it has no weight_map")
+        names = set(weight_map.values())
         files = [folder / name for name in sorted(names)]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
@@ -123,7 +132,9 @@ def _files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-        what = f"only {_some(pickles)}, and pickles are never loaded; convert them" if pickles else "no weights"
+        what = (
+            f"only {_some(pickles)}, and pickles are never loaded; convert them" if pickles else "no weights"
+        )
         raise ValueError(f"model folder {str(folder)!r} has no safetensors: {what}")
     return files
 

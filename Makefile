@@ -1,0 +1,35 @@
+# make demo | test | test-all. PIP_ARGS goes to every pip call, e.g.
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3
+PIP_ARGS ?=
+MODEL = models/SmolLM2-135M-Instruct
+IN_VENV = .venv/bin/python
+
+.PHONY: demo test test-all lint clean
+
+demo: $(MODEL)/config.json
+	$(IN_VENV) example.py
+
+test: $(MODEL)/config.json
+	$(IN_VENV) -m pytest -m "not slow"
+
+test-all: $(MODEL)/config.json
+	$(IN_VENV) -m pytest
+
+lint: .venv/installed
+	$(IN_VENV) -m ruff format --check .
+	$(IN_VENV) -m ruff check .
+	$(IN_VENV) -m mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(IN_VENV) -m pip install --quiet $(PIP_ARGS) -c constraints.txt torch
+	$(IN_VENV) -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[demo,test]"
+	touch $@
+
+$(MODEL)/config.json: .venv/installed
+	$(IN_VENV) tools/demo_model.py $(MODEL) $(PIP_ARGS)
+	touch $@
+
+clean:
+	rm -rf .venv models

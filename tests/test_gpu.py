@@ -1,0 +1,143 @@
+"""What only a GPU can show: memory shares, launches that never wait, and the CPU's tokens."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import needs_gpu
+from test_modes import PARAMS, PROMPTS, assert_nothing_leaks, make_llm, run
+
+from nanovllm import LLM, SamplingParams
+
+pytestmark = needs_gpu
+GIB = 2**30
+HOLD_4_GIB = "import torch; x = torch.empty(4 * 2**30, dtype=torch.uint8, device='cuda'); print('held', flush=True); input()"
+
+
+def free_memory():
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    return torch.cuda.mem_get_info()[0]
+
+
+def gpu_llm(folder, **options):
+    return make_llm(
+        folder, **({"device": "cuda", "num_kvcache_blocks": -1, "gpu_memory_utilization": 0.1} | options)
+    )
+
+
+def pool_bytes(llm):
+    return sum(k.nbytes + v.nbytes for k, v in llm.engine.runner.kv_cache)
+
+
+def test_the_tokens_are_the_cpus(tiny_model):
+    assert run(make_llm(tiny_model(), device="cuda")) == run(make_llm(tiny_model()))
+
+
+def test_a_real_model_gives_the_cpus_tokens(demo_model):
+    prompts = ["The capital of France is", "Once upon a time", "def add(a, b):"]
+    outputs = [
+        LLM(demo_model, dtype="float32", device=device, max_model_len=128, use_tqdm=False).generate(
+            prompts, SamplingParams(temperature=0, max_tokens=48), use_tqdm=False
+        )
+        for device in ("cpu", "cuda")
+    ]
+    assert [o["token_ids"] for o in outputs[0]] == [o["token_ids"] for o in outputs[1]]
+
+
+def test_nothing_synchronises_between_planning_and_sampling(tiny_model):
+    """Only reading the tokens back may wait; every kind of step and of sampling is launched without."""
+    llm = gpu_llm(tiny_model(), max_num_batched_tokens=30)
+    params = [
+        SamplingParams(max_tokens=9, top_p=0.9, logprobs=2, min_tokens=3, stop_token_ids=[5]),
+        *PARAMS[1:],
+    ]
+    llm.generate(PROMPTS, params, use_tqdm=False)  # lazy initialisation may wait
+    for seq in llm._make_sequences(PROMPTS, params):
+        llm.engine.add(seq)
+    engine = llm.engine
+    while not llm.is_finished():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step = engine.scheduler.schedule()
+            logits = engine.runner.forward(step) if step else None
+            sampled = engine.runner.sample(step, logits) if step else None
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        finished = engine.scheduler.commit(sampled.result())
+        engine.finished.update((seq.seq_id, seq) for seq in finished)
+        if len(engine.finished) == len(PROMPTS):
+            break
+    assert len(engine.finished) == len(PROMPTS)
+
+
+def test_the_process_stays_within_its_share(tiny_model):
+    total = torch.cuda.get_device_properties(0).total_memory
+    before = free_memory()
+    llm = gpu_llm(tiny_model())
+    used = before - torch.cuda.mem_get_info()[0]
+    assert abs(used - 0.1 * total) < 0.01 * total
+    run(llm)
+    assert before - torch.cuda.mem_get_info()[0] < 0.11 * total
+
+
+def test_closing_and_deleting_free_the_memory(tiny_model):
+    before = free_memory()
+    for end in (LLM.close, lambda llm: llm.__exit__(), lambda llm: None):
+        llm = gpu_llm(tiny_model())
+        run(llm)
+        assert before - free_memory() > 5 * GIB
+        end(llm)
+        del llm
+        assert before - free_memory() < 0.2 * GIB
+
+
+def test_a_second_llm_shares_what_the_first_has_left(tiny_model):
+    """What this process holds counts: the second one's utilisation is for both together."""
+    first = gpu_llm(tiny_model())
+    second = gpu_llm(tiny_model(), gpu_memory_utilization=0.15)
+    assert pool_bytes(second) == pytest.approx(pool_bytes(first) / 2, rel=0.1)
+    assert run(first) == run(second)
+    with pytest.raises(ValueError, match="no memory is left"):
+        gpu_llm(tiny_model())
+
+
+def test_other_processes_memory_is_not_counted_as_ours(tiny_model):
+    alone = pool_bytes(gpu_llm(tiny_model()))
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD_4_GIB], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        assert pool_bytes(gpu_llm(tiny_model())) == pytest.approx(alone, rel=0.02)
+        with pytest.raises(ValueError, match=r"only .* GiB are free.*other processes hold"):
+            gpu_llm(tiny_model(), gpu_memory_utilization=0.999)
+    finally:
+        other.communicate("\n")
+
+
+def test_more_blocks_than_fit_are_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"num_kvcache_blocks=1000000000 take .* GiB, but only"):
+        gpu_llm(tiny_model(), num_kvcache_blocks=10**9)
+
+
+def test_running_out_of_memory_in_a_step_leaves_the_llm_usable(tiny_model, monkeypatch):
+    llm = gpu_llm(tiny_model())
+    expected = run(llm)
+    forward = llm.engine.runner.forward
+    calls = []
+
+    def exhaust(step):
+        calls.append(step)
+        if len(calls) == 5:
+            torch.empty(10**15, device="cuda")
+        return forward(step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.runner, "forward", exhaust)
+        with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
+            llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    assert len(caught.value.outputs) == len(PROMPTS)
+    assert_nothing_leaks(llm)
+    assert run(llm) == expected

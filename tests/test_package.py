@@ -1,0 +1,48 @@
+"""The package as others get it: a wheel that installs elsewhere, and imports that need no GPU package."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The folder into which the wheel of this tree was installed."""
+    scratch = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(scratch), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = scratch.glob("*.whl")
+    site = scratch / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    assert all(name.startswith("nanovllm") for name in zipfile.ZipFile(wheel).namelist()), "nothing but the package"
+    return site
+
+
+def run_python(code, site, cwd):
+    """Run `code` where the source tree is not importable."""
+    path = {"PYTHONPATH": str(site), "PATH": "", "HOME": str(cwd)}
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=path, capture_output=True, text=True)
+
+
+def test_the_wheel_has_every_module_and_each_imports(installed, tmp_path):
+    sources = {path.relative_to(ROOT) for path in (ROOT / "nanovllm").rglob("*.py")}
+    assert {path.relative_to(installed) for path in (installed / "nanovllm").rglob("*.py")} == sources
+    assert (installed / "nanovllm" / "py.typed").is_file()
+    modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in sorted(sources)]
+    code = f"import importlib, nanovllm; [importlib.import_module(m) for m in {modules!r}]; print(nanovllm.__file__)"
+    result = run_python(code, installed, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(installed / "nanovllm" / "__init__.py")
+
+
+def test_importing_needs_neither_triton_nor_flash_attn(installed, tmp_path):
+    """They are Linux's and the GPU's: the CPU path runs without them."""
+    code = "import sys; sys.modules['triton'] = sys.modules['flash_attn'] = None; import nanovllm; nanovllm.LLM"
+    result = run_python(code, installed, tmp_path)
+    assert result.returncode == 0, result.stderr

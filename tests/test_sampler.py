@@ -1,0 +1,172 @@
+"""The sampler draws from exactly the distribution that the parameters describe, and noise depends on nothing else."""
+
+import pytest
+import scipy.stats
+import torch
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from nanovllm import SamplingParams
+from nanovllm.engine.batch import SamplingBatch
+from nanovllm.engine.sequence import Sequence
+from nanovllm.layers.sampler import gumbel_noise, logprobs, sample, truncate
+
+CPU = torch.device("cpu")
+COMBINATIONS = {
+    "plain": {},
+    "hot": {"temperature": 1.7},
+    "cold": {"temperature": 0.4},
+    "top-k": {"top_k": 5},
+    "top-p": {"top_p": 0.7},
+    "min-p": {"min_p": 0.15},
+    "top-k and top-p": {"top_k": 8, "top_p": 0.8},
+    "all": {"temperature": 0.8, "top_k": 9, "top_p": 0.85, "min_p": 0.05},
+}
+
+
+# For (seed, position) (1, 0) and (2**62, 1000), tokens 0 to 2; also computed with Python's integers.
+FROZEN_NOISE = [[2.972445, 3.022993, -0.253061], [-0.061819, -1.091792, -0.328843]]
+
+
+def make_batch(params, vocab_size, positions=None, banned=()):
+    """A sampling batch of one row for each of `params`."""
+    sequences = [
+        Sequence(i, [0] * (positions[i] if positions else 1), p, seed=p.seed or 0, max_tokens=1)
+        for i, p in enumerate(params)
+    ]
+    return SamplingBatch.from_sequences(sequences, list(range(len(params))), vocab_size, CPU)
+
+
+def expected_probabilities(logits, params):
+    """transformers' processors composed in our order: temperature, min-p, top-k, top-p."""
+    scores = logits.clone()
+    if params.temperature != 1:
+        scores = TemperatureLogitsWarper(params.temperature)(None, scores)
+    if params.min_p:
+        scores = MinPLogitsWarper(params.min_p)(None, scores)
+    if params.top_k > 0:
+        scores = TopKLogitsWarper(params.top_k)(None, scores)
+    if params.top_p < 1:
+        scores = TopPLogitsWarper(params.top_p)(None, scores)
+    return scores.softmax(-1)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_frequencies_match_the_exact_distribution(combination):
+    """Chi-square over 40,000 draws, each at its own position."""
+    num_draws = 40000
+    params = SamplingParams(**COMBINATIONS[combination], seed=11)
+    logits = torch.randn(1, 24, generator=torch.Generator().manual_seed(3)) * 2
+    expected = expected_probabilities(logits, params)[0].double()
+    batch = make_batch([params], 24)
+    batch = SamplingBatch(
+        **{
+            name: value.expand(num_draws) if torch.is_tensor(value) and value.dim() == 1 else value
+            for name, value in vars(batch).items()
+        }
+    )
+    batch.positions = torch.arange(num_draws)
+    counts = torch.bincount(sample(logits.expand(num_draws, -1), batch), minlength=24).double()
+    kept = expected > 0
+    assert counts[~kept].sum() == 0
+    assert (
+        scipy.stats.chisquare(counts[kept], expected[kept] / expected[kept].sum() * num_draws).pvalue > 1e-4
+    )
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_kept_tokens_are_those_of_transformers(combination):
+    params = SamplingParams(**COMBINATIONS[combination])
+    logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(5)) * 3
+    scores = logits / params.temperature
+    scores = scores - scores.amax(-1, keepdim=True)
+    batch = make_batch([params] * 64, 1000)
+    kept = truncate(scores, batch.min_p, batch.top_k, batch.top_p)
+    torch.testing.assert_close(kept.softmax(-1), expected_probabilities(logits, params))
+
+
+def test_top_p_keeps_the_token_that_crosses_the_boundary():
+    scores = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    scores = scores - scores.amax()
+    one = torch.ones(1)
+    for top_p, num_kept in ((0.4, 1), (0.5, 1), (0.6, 2), (0.79, 2), (0.9, 3), (1.0, 3)):
+        kept = truncate(scores, 0 * one, 3 * one.long(), top_p * one)
+        assert (kept > -torch.inf).sum() == num_kept
+
+
+def test_ties_with_the_last_one_kept_are_kept():
+    kept = truncate(torch.tensor([[0.0, -1.0, -1.0, -2.0]]), torch.zeros(1), torch.tensor([2]), torch.ones(1))
+    assert (kept > -torch.inf).tolist() == [[True, True, True, False]]
+
+
+def test_greedy_takes_the_lowest_of_tied_tokens_also_beside_random_rows():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0]]).repeat(2, 1).bfloat16()
+    greedy = SamplingParams(temperature=0)
+    assert sample(logits, make_batch([greedy, greedy], 4)).tolist() == [1, 1]
+    for seed in range(20):
+        batch = make_batch([greedy, SamplingParams(seed=seed, top_p=0.5)], 4)
+        assert sample(logits, batch)[0] == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 1e-300])
+def test_tiny_temperatures_are_greedy_and_finite(temperature):
+    logits = torch.tensor([[5.0, 80.0, 79.0, -100.0]])
+    assert sample(logits, make_batch([SamplingParams(temperature=temperature, seed=1)], 4)).item() == 1
+
+
+def test_a_row_draws_the_same_whatever_else_is_in_the_batch():
+    """A neighbour that truncates must not cut the tail of a row that keeps everything."""
+    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(1)).expand(300, -1)
+    plain = [SamplingParams(seed=i) for i in range(299)]
+    alone = sample(logits[:299], make_batch(plain, 5000))
+    beside = sample(logits, make_batch([*plain, SamplingParams(seed=0, top_k=1, min_p=0.5, top_p=0.1)], 5000))
+    assert alone.tolist() == beside[:299].tolist()
+
+
+def test_noise_is_a_pure_function_of_seed_position_and_token():
+    seeds, positions = torch.tensor([1, 2, 1, -(2**63)]), torch.tensor([5, 5, 6, 5])
+    noise = gumbel_noise(seeds, positions, 1000)
+    for i in range(4):
+        assert torch.equal(gumbel_noise(seeds[i : i + 1], positions[i : i + 1], 500)[0], noise[i, :500])
+    assert len(torch.unique(noise)) > 3990, "seeds and positions give different noise"
+
+
+def test_noise_is_gumbel_and_always_finite():
+    noise = gumbel_noise(torch.arange(40), torch.arange(40) * 7, 152000)
+    assert noise.isfinite().all()
+    assert scipy.stats.kstest(noise[:, ::97].flatten().numpy(), "gumbel_r").pvalue > 1e-3
+    columns = noise[:, :2000].double()
+    assert torch.corrcoef(columns).fill_diagonal_(0).abs().max() < 0.12, "rows are independent"
+    assert torch.corrcoef(noise.double()[:, :400].t()).fill_diagonal_(0).abs().mean() < 0.15, (
+        "columns are too"
+    )
+
+
+def test_noise_never_changes():
+    """Seeded results must survive a new version: these values are part of what a seed means."""
+    noise = gumbel_noise(torch.tensor([1, 2**62]), torch.tensor([0, 1000]), 3)
+    torch.testing.assert_close(noise, torch.tensor(FROZEN_NOISE), atol=1e-5, rtol=0)
+
+
+def test_banned_tokens_are_never_drawn():
+    """min_tokens bans every stop token until the completion is long enough."""
+    params = SamplingParams(seed=4, min_tokens=3, stop_token_ids=[1, 2])
+    seq = Sequence(0, [0], params, seed=4, max_tokens=9, eos_token_ids=frozenset({3}))
+    logits = torch.tensor([[0.0, 50.0, 50.0, 50.0, -5.0]])
+    for _ in range(3):
+        drawn = sample(logits, SamplingBatch.from_sequences([seq], [0], 5, CPU)).item()
+        assert drawn in (0, 4)
+        seq.append(drawn)
+        assert not seq.is_finished
+    assert sample(logits, SamplingBatch.from_sequences([seq], [0], 5, CPU)).item() in (1, 2, 3)
+
+
+def test_logprobs_are_the_log_softmax_of_raw_logits_with_ranks():
+    logits = torch.randn(6, 50)
+    drawn = torch.tensor([3, 7, 0, 49, 20, 20])
+    values, ranks, top, top_ids = logprobs(logits, drawn, 4)
+    reference = logits.log_softmax(-1)
+    torch.testing.assert_close(values, reference[torch.arange(6), drawn])
+    order = reference.argsort(-1, descending=True)
+    assert ranks.tolist() == [(order[i] == drawn[i]).nonzero().item() + 1 for i in range(6)]
+    assert torch.equal(top_ids, order[:, :4])
+    torch.testing.assert_close(top, reference.gather(1, order[:, :4]))

@@ -1,0 +1,318 @@
+"""Scheduler and block manager alone, against a fake device that checks every KV slot that a step reads."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from nanovllm import SamplingParams
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
+
+
+def next_token(token_ids):
+    """A fake model: the next token is a hash of all that came before."""
+    return random.Random(str(token_ids)).randrange(23)
+
+
+class FakeDevice:
+    """Runs steps in launch order and sees only what the real one would: rows, tables, slots, sent tokens."""
+
+    def __init__(self, block_size):
+        self.block_size = block_size
+        self.slots = {}  # slot -> (position, token)
+        self.tables = {}  # (row, index) -> block
+        self.last_token = {}
+
+    def slot(self, row, position):
+        return self.tables[row, position // self.block_size] * self.block_size + position % self.block_size
+
+    def forward(self, step):
+        for row, index, block in step.block_updates:
+            self.tables[row, index] = block
+        for seq, start, num_tokens, is_decode, _ in step.scheduled:
+            for position in range(start, start + num_tokens):
+                token = self.last_token[seq.row] if is_decode else seq.token_ids[position]
+                self.slots[self.slot(seq.row, position)] = (position, token)
+        contexts = []
+        for seq, start, num_tokens, _, is_sampled in step.scheduled:
+            entries = [self.slots[self.slot(seq.row, p)] for p in range(start + num_tokens)]
+            assert [p for p, _ in entries] == list(range(start + num_tokens)), (
+                "a slot holds another position's KV"
+            )
+            if is_sampled:
+                contexts.append([token for _, token in entries])
+        return contexts
+
+    def sample(self, step, contexts):
+        drawn = []
+        for seq, context in zip([s.seq for s in step.scheduled if s.is_sampled], contexts):
+            if not seq.is_finished:
+                assert context == seq.token_ids, "the history is known, and the KV is this sequence's"
+                self.last_token[seq.row] = next_token(context)
+                drawn.append((seq, self.last_token[seq.row], None))
+        return drawn
+
+
+def check_invariants(scheduler):
+    manager = scheduler.block_manager
+    held = [block for seq in scheduler.running for block in seq.block_table]
+    assert all(manager.ref_counts[block] == held.count(block) for block in range(manager.num_blocks))
+    assert set(manager.free) == {b for b in range(1, manager.num_blocks) if manager.ref_counts[b] == 0}
+    rows = [seq.row for seq in scheduler.running]
+    assert sorted(rows + scheduler.free_rows) == list(range(1, scheduler.max_num_seqs + 1))
+    assert all(seq.row == 0 and not seq.block_table for seq in scheduler.waiting)
+    assert all(manager.keys[block] == key for key, block in manager.cached.items())
+
+
+def run(sequences, scheduler, overlapped, aborts=()):
+    """The engine's loop on the fake device; `aborts` are (turn, seq_id)."""
+    device = FakeDevice(scheduler.block_manager.block_size)
+    for seq in sequences:
+        scheduler.add(seq)
+    in_flight, num_steps, budget = [], 0, scheduler.max_num_batched_tokens
+    while scheduler.has_unfinished:
+        scheduler.abort({seq_id for turn, seq_id in aborts if turn == num_steps})
+        if not scheduler.has_unfinished:
+            break
+        step = scheduler.schedule()
+        assert step or in_flight, "stuck"
+        if step:
+            assert step.num_decode_tokens + step.num_prefill_tokens <= budget
+            decodes = [s.is_decode for s in step.scheduled]
+            assert decodes == sorted(decodes, reverse=True), "decode rows come first"
+        contexts = device.forward(step) if step else []
+        check_invariants(scheduler)
+        scheduler.commit(in_flight)
+        in_flight = device.sample(step, contexts) if step else []
+        if not overlapped:
+            scheduler.commit(in_flight)
+            in_flight = []
+        check_invariants(scheduler)
+        num_steps += 1
+    assert len(scheduler.block_manager.free) == scheduler.block_manager.num_blocks - 1
+    return num_steps
+
+
+def completion_alone(prompt, max_tokens, eos):
+    token_ids = list(prompt)
+    while len(token_ids) - len(prompt) < max_tokens:
+        token_ids.append(next_token(token_ids))
+        if token_ids[-1] == eos:
+            break
+    return token_ids[len(prompt) :]
+
+
+request = st.tuples(st.integers(0, 20), st.integers(1, 12), st.integers(1, 20), st.sampled_from([0, 1, -1]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    requests=st.lists(request, min_size=1, max_size=12),
+    aborts=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 11)), max_size=3),
+    rows=st.integers(1, 8),
+    budget=st.integers(1, 30),
+    spare_blocks=st.integers(0, 20),
+    block_size=st.integers(1, 6),
+    overlapped=st.booleans(),
+    caching=st.booleans(),
+)
+def test_random_workloads_read_only_their_own_kv_and_leak_nothing(
+    requests, aborts, rows, budget, spare_blocks, block_size, overlapped, caching
+):
+    shared = [i * i % 23 for i in range(20)]
+    sequences, expected = [], []
+    for i, (num_shared, num_own, max_tokens, eos) in enumerate(requests):
+        prompt = shared[:num_shared] + [(3 * j + num_own) % 23 for j in range(num_own)]
+        params = SamplingParams(max_tokens=max_tokens)
+        sequences.append(Sequence(i, list(prompt), params, 0, max_tokens, frozenset({eos})))
+        expected.append(completion_alone(prompt, max_tokens, eos))
+    needed = max(-(-(len(s.token_ids) + s.max_tokens) // block_size) for s in sequences)
+    manager = BlockManager(needed + 1 + spare_blocks, block_size, caching)
+    run(sequences, Scheduler(manager, rows, budget), overlapped, aborts)
+    aborted = {seq_id for _, seq_id in aborts}
+    for seq, completion in zip(sequences, expected):
+        if seq.seq_id in aborted and seq.finish_reason == "abort":
+            assert seq.completion_token_ids == completion[: seq.num_completion_tokens]
+        else:
+            assert seq.completion_token_ids == completion
+
+
+def make_sequences(count, prompt_len, max_tokens):
+    params = SamplingParams(max_tokens=max_tokens)
+    return [
+        Sequence(i, [(i + j * (i + 1)) % 23 for j in range(prompt_len)], params, 0, max_tokens)
+        for i in range(count)
+    ]
+
+
+def test_overlap_costs_no_steps_when_nothing_stops_early():
+    """A sequence that must stop by length is not planned again while its last token is on its way."""
+    steps = [
+        run(make_sequences(6, 9, 14), Scheduler(BlockManager(100, 4), 6, 100), overlapped)
+        for overlapped in (False, True)
+    ]
+    assert steps == [14, 15]  # one more turn, to commit the last step
+
+
+def test_admission_comes_in_bunches():
+    """Admitting single requests whenever a row is free would make every step of a long run a mixed one."""
+    params = [SamplingParams(max_tokens=1 + 13 * i % 199) for i in range(400)]
+    sequences = [Sequence(i, [i % 23], p, 0, p.max_tokens) for i, p in enumerate(params)]
+    scheduler = Scheduler(BlockManager(8000, 4), max_num_seqs=64, max_num_batched_tokens=1000)
+    device, num_steps, num_mixed = FakeDevice(4), 0, 0
+    for seq in sequences:
+        scheduler.add(seq)
+    while scheduler.has_unfinished:
+        step = scheduler.schedule()
+        scheduler.commit(device.sample(step, device.forward(step)))
+        num_steps += 1
+        num_mixed += step.num_decode_tokens > 0 and step.num_prefill_tokens > 0
+    assert num_mixed < num_steps / 4
+
+
+def test_the_newest_is_preempted_and_resumes():
+    sequences = make_sequences(3, 8, 12)
+    scheduler = Scheduler(BlockManager(12, 4, enable_prefix_caching=False), 3, 100)
+    run(sequences, scheduler, overlapped=True)
+    assert scheduler.num_preemptions > 0
+    for seq in sequences:
+        prompt = seq.token_ids[: seq.num_prompt_tokens]
+        assert seq.completion_token_ids == completion_alone(prompt, 12, None)
+
+
+def test_preemption_followed_by_a_cache_hit_counts_cached_prompt_tokens_once():
+    """num_cached_tokens says what the first admission found, not what a resumed sequence finds of itself."""
+    sequences = make_sequences(3, 8, 12)
+    scheduler = Scheduler(BlockManager(12, 4), 3, 100)
+    run(sequences, scheduler, overlapped=True)
+    assert scheduler.num_preemptions > 0
+    assert scheduler.num_prefix_hits > 0
+    assert [seq.num_cached_tokens for seq in sequences] == [0, 0, 0]
+
+
+def cache_prompt(manager, token_ids):
+    """Compute a prompt and let it go: its full blocks stay cached."""
+    seq = Sequence(0, list(token_ids), SamplingParams(), 0, 1)
+    manager.share(seq, manager.match(seq))
+    assert manager.extend(seq, len(token_ids))
+    seq.num_computed_tokens = len(token_ids)
+    manager.register(seq)
+    blocks = seq.block_table
+    manager.release(seq)
+    return blocks
+
+
+def match(manager, token_ids):
+    return manager.match(Sequence(0, list(token_ids), SamplingParams(), 0, 1))
+
+
+def test_a_hit_needs_the_same_tokens_after_the_same_prefix():
+    manager = BlockManager(20, 4)
+    blocks = cache_prompt(manager, [1, 2, 3, 4, 5, 6, 7, 8])
+    assert match(manager, [1, 2, 3, 4, 5, 6, 7, 8, 9]) == blocks
+    assert match(manager, [1, 2, 3, 4, 5, 6, 7, 8]) == blocks[:1], "the last token is always computed"
+    assert match(manager, [9, 2, 3, 4, 5, 6, 7, 8, 9]) == []
+    assert match(manager, [5, 6, 7, 8, 9]) == [], "the same tokens at another place"
+
+
+def test_a_block_whose_prefix_was_evicted_never_matches_another_prefix():
+    """The number of a block's prefix is never used again, even where its block is."""
+    manager = BlockManager(4, 2)
+    first = cache_prompt(manager, [1, 1, 2, 2])
+    holder = Sequence(1, [7, 7, 7], SamplingParams(), 0, 1)
+    assert manager.extend(holder, 2)  # the uncached block
+    seq = Sequence(2, [1, 1, 2, 2, 3], SamplingParams(), 0, 1)
+    manager.share(seq, manager.match(seq))
+    assert seq.block_table == first
+    manager.release(seq)
+    manager.free.move_to_end(first[0], last=False)  # evict the parent before its child
+    cache_prompt(manager, [9, 9])
+    assert match(manager, [9, 9, 2, 2, 5]) == [first[0]]
+    assert match(manager, [1, 1, 2, 2, 5]) == []
+
+
+def test_uncached_blocks_are_taken_first_then_the_least_recently_used():
+    manager = BlockManager(6, 2)
+    old, new = cache_prompt(manager, [1, 1]), cache_prompt(manager, [2, 2])
+    match_again = Sequence(0, [1, 1, 5], SamplingParams(), 0, 1)
+    manager.share(match_again, manager.match(match_again))
+    manager.release(match_again)  # now `old` was used last
+    seq = Sequence(1, [0] * 10, SamplingParams(), 0, 1)
+    assert manager.extend(seq, 10)
+    assert set(seq.block_table[:3]).isdisjoint(old + new)
+    assert seq.block_table[3:] == new + old
+    assert manager.cached == {}
+
+
+def test_the_end_of_a_prefix_is_evicted_before_its_beginning():
+    manager = BlockManager(4, 2)
+    blocks = cache_prompt(manager, [1, 1, 2, 2, 3, 3])
+    seq = Sequence(1, [0, 0], SamplingParams(), 0, 1)
+    assert manager.extend(seq, 2)
+    assert seq.block_table == blocks[-1:]
+    assert match(manager, [1, 1, 2, 2, 3, 3, 4]) == blocks[:2]
+
+
+class BlockManagerMachine(RuleBasedStateMachine):
+    """Random admissions, growth and releases against a model that remembers each block's content."""
+
+    @initialize(num_blocks=st.integers(2, 12), block_size=st.integers(1, 3))
+    def setup(self, num_blocks, block_size):
+        self.manager = BlockManager(num_blocks, block_size)
+        self.live = []
+        self.content = {}  # block -> (all tokens up to its end)
+
+    @rule(token_ids=st.lists(st.integers(0, 1), min_size=1, max_size=12))
+    def admit(self, token_ids):
+        seq = Sequence(0, token_ids, SamplingParams(), 0, 1)
+        matched = self.manager.match(seq)
+        size = self.manager.block_size
+        for i, block in enumerate(matched):
+            assert self.content[block] == token_ids[: (i + 1) * size], "a hit is this prefix's KV"
+        assert len(matched) * size < len(token_ids)
+        self.manager.share(seq, matched)
+        if not self.manager.extend(seq, len(token_ids)):
+            self.manager.release(seq)
+            return
+        seq.num_computed_tokens = len(token_ids)
+        for i, block in enumerate(seq.block_table[len(matched) :], len(matched)):
+            self.content[block] = token_ids[: (i + 1) * size]
+        self.manager.register(seq)
+        self.live.append(seq)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def release(self, data):
+        self.manager.release(self.live.pop(data.draw(st.integers(0, len(self.live) - 1))))
+
+    @invariant()
+    def every_block_is_free_or_held(self):
+        if not hasattr(self, "manager"):
+            return
+        manager = self.manager
+        held = [block for seq in self.live for block in seq.block_table]
+        assert all(manager.ref_counts[b] == held.count(b) for b in range(manager.num_blocks))
+        assert set(manager.free) == set(range(1, manager.num_blocks)) - set(held)
+
+
+TestBlockManager = BlockManagerMachine.TestCase
+TestBlockManager.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+def test_extend_takes_nothing_when_too_few_blocks_are_free():
+    manager = BlockManager(4, 2)
+    seq = Sequence(0, [0] * 9, SamplingParams(), 0, 1)
+    assert not manager.extend(seq, 9)
+    assert (seq.block_table, len(manager.free)) == ([], 3)
+
+
+@pytest.mark.parametrize("overlapped", [True, False])
+def test_abort_frees_running_and_waiting(overlapped):
+    scheduler = Scheduler(BlockManager(50, 4), 2, 100)
+    sequences = make_sequences(4, 6, 10)
+    run(sequences, scheduler, overlapped, aborts=[(3, 0), (3, 3)])
+    assert [seq.finish_reason for seq in sequences] == ["abort", "length", "length", "abort"]
