@@ -21,7 +21,7 @@ import transformers
 from nanovllm import LLM, SamplingParams
 
 DEMO_MODEL = Path(__file__).parent / "models" / "SmolLM2-135M-Instruct"
-VOCABULARY = 10000  # prompts are made of token ids below this
+VOCABULARY = 10000  # the highest token id in the prompts
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,7 +50,7 @@ def main() -> None:
     args = parse_args()
     random = Random(0)
     prompts = [
-        [random.randrange(VOCABULARY) for _ in range(random.randint(*args.input_len))]
+        [random.randint(0, VOCABULARY) for _ in range(random.randint(*args.input_len))]
         for _ in range(args.num_seqs)
     ]
     output_lens = [random.randint(*args.output_len) for _ in range(args.num_seqs)]

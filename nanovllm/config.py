@@ -85,6 +85,8 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, str | PathLike) and not (name == "tokenizer" and value is None):
                 raise TypeError(f"{name} must be a folder or a Hub id, got {value!r}")
+            if value == "":
+                raise ValueError(f"{name} must be a folder or a Hub id, got an empty string")
         for f in fields(self):
             if f.type is bool:
                 check_bool(f.name, getattr(self, f.name))
@@ -209,6 +211,22 @@ class ModelConfig:
     mlp_bias: bool
     dtype: torch.dtype
     eos_token_ids: frozenset[int]
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        ):
+            check_int(f"{name} of the checkpoint", getattr(self, name), 1)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads evenly"
+            )
 
     @classmethod
     def from_hf(cls, hf: Any) -> "ModelConfig":

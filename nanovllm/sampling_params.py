@@ -63,5 +63,8 @@ class SamplingParams:
                 )
             for i, token_id in enumerate(self.stop_token_ids):
                 check_int(f"stop_token_ids[{i}]", token_id, 0)
+            object.__setattr__(
+                self, "stop_token_ids", tuple(self.stop_token_ids)
+            )  # the caller's list may change
         if self.logprobs is not None:
             check_int("logprobs", self.logprobs, -1, also=" or None")

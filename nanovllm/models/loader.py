@@ -53,7 +53,8 @@ def load_weights(model: nn.Module, folder: Path, show_progress: bool) -> None:
     """
     unfilled = parameter_views(model)
     # What a checkpoint may repeat: the names of shared parameters (a tied head), and old tables of frequencies.
-    redundant = {name for name, _ in model.named_parameters(remove_duplicate=False)} - unfilled.keys()
+    own_names = {name for name, _ in model.named_parameters()}
+    redundant = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own_names
     unexpected = []
     with tqdm(total=len(unfilled), desc="Loading weights", unit="tensor", disable=not show_progress) as bar:
         for name, tensor, file in read_tensors(folder):
