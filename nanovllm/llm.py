@@ -3,11 +3,9 @@
 import random
 import sys
 import time
-from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import count
-from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -16,15 +14,14 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nanovllm.checks import check_int
 from nanovllm.config import Config, token_id_set
 from nanovllm.engine.llm_engine import LLMEngine, StepCounts
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models.loader import resolve_model
 from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.prompts import Prompt, check_request, parse_requests
 from nanovllm.sampling_params import SamplingParams
 
-Prompt = str | Seq[int] | dict[str, Any]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -147,36 +144,21 @@ class LLM:
         self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None
     ) -> list[Sequence]:
         """Validate everything that a call asks for, before anything runs."""
-        parsed = [_parse_prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(_as_list(prompts))]
-        params = _as_params(sampling_params, len(parsed))
-        texts = [text for text, token_ids in parsed if token_ids is None]
+        requests = parse_requests(prompts, sampling_params)
+        texts = [request.text for request in requests if request.token_ids is None]
         tokenized = iter(self.tokenizer(texts, verbose=False)["input_ids"] if texts else [])
-        eos_token_ids = self._find_eos_token_ids() if parsed else frozenset()
-        sequences = []
-        for i, ((text, token_ids), p) in enumerate(zip(parsed, params, strict=True)):
-            token_ids = next(tokenized) if token_ids is None else token_ids
-            self._check_request(f"prompts[{i}]", token_ids, p)
-            seed = self._random.getrandbits(63) if p.seed in (None, -1) else p.seed
-            max_tokens = min(p.max_tokens, self.engine.max_model_len - len(token_ids))
-            sequences.append(Sequence(next(self._ids), token_ids, p, seed, max_tokens, eos_token_ids, text))
-        return sequences
-
-    def _check_request(self, name: str, token_ids: list[int], params: SamplingParams) -> None:
+        eos_token_ids = self._find_eos_token_ids() if requests else frozenset()
         vocab_size, max_len = self.engine.model_config.vocab_size, self.engine.max_model_len
-        if not token_ids:
-            raise ValueError(f"{name} is empty: a prompt needs at least one token")
-        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-            wrong = next(t for t in token_ids if not 0 <= t < vocab_size)
-            raise ValueError(f"{name} has token id {wrong}; the vocabulary is [0, {vocab_size})")
-        if len(token_ids) >= max_len:
-            raise ValueError(
-                f"{name} has {len(token_ids)} tokens, which leaves no room for a completion: prompt and completion "
-                f"together have at most max_model_len={max_len}"
+        sequences = []
+        for name, text, token_ids, params in requests:
+            token_ids = next(tokenized) if token_ids is None else token_ids
+            check_request(name, token_ids, params, vocab_size, max_len)
+            seed = self._random.getrandbits(63) if params.seed in (None, -1) else params.seed
+            max_tokens = min(params.max_tokens, max_len - len(token_ids))
+            sequences.append(
+                Sequence(next(self._ids), token_ids, params, seed, max_tokens, eos_token_ids, text)
             )
-        for token_id in params.stop_token_ids or ():
-            check_int(f"stop_token_ids of {name}", token_id, 0, vocab_size - 1)
-        if params.logprobs is not None:
-            check_int(f"logprobs of {name}", params.logprobs, -1, vocab_size)
+        return sequences
 
     def _tokenizer_folder(self) -> Path:
         return self.engine.folder if self.config.tokenizer is None else resolve_model(self.config.tokenizer)
@@ -264,52 +246,3 @@ class _ProgressBar:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    """One prompt or many, as a list of prompts."""
-    if isinstance(prompts, str | dict):
-        return [prompts]
-    if not isinstance(prompts, Seq):
-        raise TypeError(
-            f"prompts must be text, token ids, a dict or a list of these, got {type(prompts).__name__}"
-        )
-    is_one = len(prompts) > 0 and isinstance(prompts[0], Integral)
-    return [prompts] if is_one else list(prompts)
-
-
-def _as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
-    if not isinstance(params, Seq) or not all(isinstance(p, SamplingParams) for p in params):
-        raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {params!r}")
-    if len(params) != num_prompts:
-        raise ValueError(
-            f"sampling_params has {len(params)} entries for {num_prompts} prompts; one for each is needed"
-        )
-    return list(params)
-
-
-def _parse_prompt(prompt: Any, name: str) -> tuple[str | None, list[int] | None]:
-    """(text, token ids) of a prompt, of which at least one is given."""
-    text: Any = None
-    token_ids: Any = None
-    if isinstance(prompt, dict):
-        unknown = [key for key in prompt if key not in ("prompt", "prompt_token_ids")]
-        if unknown or not prompt:
-            raise ValueError(
-                f"{name} must have 'prompt' or 'prompt_token_ids' and nothing else, got {list(prompt)}"
-            )
-        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-    elif isinstance(prompt, str):
-        text = prompt
-    else:
-        token_ids = prompt
-    if text is not None and not isinstance(text, str):
-        raise TypeError(f"{name} must have text as its prompt, got {text!r}")
-    if token_ids is None and text is not None:
-        return text, None
-    try:
-        return text, array("q", token_ids).tolist()  # takes every kind of integer, and nothing else
-    except (TypeError, OverflowError):
-        raise TypeError(f"{name} must be text or a list of token ids, got {token_ids!r:.200}") from None

@@ -3,6 +3,8 @@
 import gc
 import logging
 import math
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -114,6 +116,7 @@ WRONG_CALLS = [
         r"prompts\[1\] must be text or a list of token ids",
     ),
     ("floats", lambda llm: llm.generate([[1, 2.0]]), TypeError, r"prompts\[0\].*2\.0"),
+    ("bytes", lambda llm: llm.generate(b"12345678"), TypeError, "got bytes"),
     ("none", lambda llm: llm.generate([None]), TypeError, r"prompts\[0\]"),
     ("empty ids", lambda llm: llm.generate([[1], []]), ValueError, r"prompts\[1\] is empty"),
     ("empty dict", lambda llm: llm.generate([{}]), ValueError, r"prompts\[0\] must have 'prompt'"),
@@ -335,6 +338,46 @@ def test_ctrl_c_between_steps_drops_the_calls_requests(llm, monkeypatch):
         results.update(llm.step()[0])
     assert list(results) == [other]
     assert_nothing_leaks(llm)
+
+
+INTERRUPTED_SCRIPT = """
+import signal, sys, threading, time
+from nanovllm import LLM, SamplingParams
+
+llm = LLM(sys.argv[1], max_model_len=250, device="cpu", use_tqdm=False)
+params = [SamplingParams(temperature=0, max_tokens=n) for n in (3, 200)]
+expected = llm.generate([[1], [2]], params, use_tqdm=False)
+for _ in range(3):
+    waiter = threading.Thread(target=lambda: (started.wait(), signal.raise_signal(signal.SIGINT)))
+    started = threading.Event()
+    waiter.start()
+    step = llm.engine.step
+    def counting_step(turns=[0]):
+        turns[0] += 1
+        if turns[0] == 20:
+            started.set()
+        return step()
+    llm.engine.step = counting_step
+    try:
+        while True:
+            llm.generate([[1], [2]], params, use_tqdm=False)
+    except KeyboardInterrupt as interrupt:
+        assert len(interrupt.outputs) == 2
+    finally:
+        llm.engine.step = step
+        waiter.join()
+    again = llm.generate([[1], [2]], params, use_tqdm=False)
+    assert [o["token_ids"] for o in again] == [o["token_ids"] for o in expected]
+    assert llm.stats()["num_blocks_in_use"] == 0
+print("usable after three interrupts")
+"""
+
+
+def test_a_real_interrupt_leaves_the_llm_usable(tiny_model):
+    """SIGINT arrives between any two bytecodes, not only where a test raises it."""
+    command = [sys.executable, "-c", INTERRUPTED_SCRIPT, str(tiny_model())]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stdout == "usable after three interrupts\n", result.stderr
 
 
 def test_if_the_device_cannot_be_synchronised_the_llm_is_closed(llm, monkeypatch):

@@ -1,0 +1,100 @@
+"""Prompts: everything that users may pass to generate(), made into one form and checked before anything runs."""
+
+from array import array
+from collections.abc import Sequence as Seq
+from numbers import Integral
+from typing import Any, NamedTuple
+
+from nanovllm.checks import check_int
+from nanovllm.sampling_params import SamplingParams
+
+Prompt = str | Seq[int] | dict[str, Any]
+
+
+class Request(NamedTuple):
+    """One prompt, with `token_ids` or with a `text` that is still to be tokenized, and how to complete it."""
+
+    name: str  # what errors call it
+    text: str | None
+    token_ids: list[int] | None
+    params: SamplingParams
+
+
+def parse_requests(
+    prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None
+) -> list[Request]:
+    """The requests of one call, in order; TypeError or ValueError name the prompt that is none."""
+    parsed = [(f"prompts[{i}]", *_parse_prompt(p, f"prompts[{i}]")) for i, p in enumerate(_as_list(prompts))]
+    return [
+        Request(*p, params)
+        for p, params in zip(parsed, _as_params(sampling_params, len(parsed)), strict=True)
+    ]
+
+
+def check_request(
+    name: str, token_ids: list[int], params: SamplingParams, vocab_size: int, max_len: int
+) -> None:
+    """Raise unless a model of this vocabulary and length can run the request."""
+    if not token_ids:
+        raise ValueError(f"{name} is empty: a prompt needs at least one token")
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        wrong = next(t for t in token_ids if not 0 <= t < vocab_size)
+        raise ValueError(f"{name} has token id {wrong}; the vocabulary is [0, {vocab_size})")
+    if len(token_ids) >= max_len:
+        raise ValueError(
+            f"{name} has {len(token_ids)} tokens, which leaves no room for a completion: prompt and completion "
+            f"together have at most max_model_len={max_len}"
+        )
+    for token_id in params.stop_token_ids or ():
+        check_int(f"stop_token_ids of {name}", token_id, 0, vocab_size - 1)
+    if params.logprobs is not None:
+        check_int(f"logprobs of {name}", params.logprobs, -1, vocab_size)
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """One prompt or many, as a list of prompts."""
+    if isinstance(prompts, str | dict):
+        return [prompts]
+    if not isinstance(prompts, Seq) or isinstance(prompts, bytes | bytearray):
+        raise TypeError(
+            f"prompts must be text, token ids, a dict or a list of these, got {type(prompts).__name__}"
+        )
+    is_one = len(prompts) > 0 and isinstance(prompts[0], Integral)
+    return [prompts] if is_one else list(prompts)
+
+
+def _as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if not isinstance(params, Seq) or not all(isinstance(p, SamplingParams) for p in params):
+        raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {params!r}")
+    if len(params) != num_prompts:
+        raise ValueError(
+            f"sampling_params has {len(params)} entries for {num_prompts} prompts; one for each is needed"
+        )
+    return list(params)
+
+
+def _parse_prompt(prompt: Any, name: str) -> tuple[str | None, list[int] | None]:
+    """(text, token ids) of a prompt, of which at least one is given."""
+    text: Any = None
+    token_ids: Any = None
+    if isinstance(prompt, dict):
+        unknown = [key for key in prompt if key not in ("prompt", "prompt_token_ids")]
+        if unknown or not prompt:
+            raise ValueError(
+                f"{name} must have 'prompt' or 'prompt_token_ids' and nothing else, got {list(prompt)}"
+            )
+        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    elif isinstance(prompt, str):
+        text = prompt
+    else:
+        token_ids = prompt
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"{name} must have text as its prompt, got {text!r}")
+    if token_ids is None and text is not None:
+        return text, None
+    try:
+        return text, array("q", iter(token_ids)).tolist()  # takes every kind of integer, and nothing else
+    except (TypeError, OverflowError):
+        raise TypeError(f"{name} must be text or a list of token ids, got {token_ids!r:.200}") from None
