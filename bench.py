@@ -133,8 +133,9 @@ def qwen3_06b() -> transformers.Qwen3Config:
 
 
 def run_nanovllm(llm: LLM, prompts: list[list[int]], output_lens: list[int], temperature: float) -> float:
-    """Seconds for all requests, after a warm-up."""
-    llm.generate([[1, 2, 3]], SamplingParams(temperature=temperature, ignore_eos=True), use_tqdm=False)
+    """Seconds for all requests, after a warm-up with other prompts of the same lengths."""
+    warm_up = SamplingParams(temperature=temperature, ignore_eos=True, max_tokens=4)
+    llm.generate([prompt[::-1] for prompt in prompts], warm_up, use_tqdm=False)
     params = [SamplingParams(temperature=temperature, ignore_eos=True, max_tokens=n) for n in output_lens]
     start = time.perf_counter()
     outputs = llm.generate(prompts, params)

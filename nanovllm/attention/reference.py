@@ -5,6 +5,7 @@ share a key-value head are never given copies of it: decode rows attend with the
 with an expanded (stride 0) view.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from nanovllm.engine.batch import Batch
 
-GATHERED_TOKENS = 8192  # decode rows are taken in groups whose padded KV is at most so long
+# Decode rows attend in groups of similar length: a group more costs about as much as so many tokens of padding.
+PADDING_TOKENS = 2048
+GATHERED_TOKENS = 65536  # and a group gathers no more than this
 
 
 class DecodeGroup(NamedTuple):
@@ -70,22 +73,12 @@ class ReferenceAttention:
         return out.flatten(1, 2)
 
     def _decode_groups(self, batch: Batch) -> list[DecodeGroup]:
-        if batch.num_decodes == 0:
-            return []
-        lens = batch.cpu_context_lens[: batch.num_decodes]
-        if max(lens) * len(lens) <= GATHERED_TOKENS:
-            return [self._decode_group(batch, slice(0, len(lens)), max(lens))]
-        lens = sorted(lens)
+        lens = sorted(batch.cpu_context_lens[: batch.num_decodes])
+        bounds = [*_group_starts(lens), len(lens)]
+        if len(bounds) <= 2:
+            return [self._decode_group(batch, slice(0, len(lens)), lens[-1])] if lens else []
         order = batch.context_lens[: batch.num_decodes].argsort()
-        groups = []
-        start = 0
-        while start < len(lens):
-            end = start + 1
-            while end < len(lens) and lens[end] * (end + 1 - start) <= GATHERED_TOKENS:
-                end += 1
-            groups.append(self._decode_group(batch, order[start:end], lens[end - 1]))
-            start = end
-        return groups
+        return [self._decode_group(batch, order[a:b], lens[b - 1]) for a, b in pairwise(bounds)]
 
     def _decode_group(self, batch: Batch, rows: Tensor | slice, max_len: int) -> DecodeGroup:
         num_blocks = -(-max_len // batch.block_size)
@@ -106,3 +99,16 @@ class ReferenceAttention:
             chunks.append(Chunk(start, start + query_len, context_len, blocks, mask))
             start += query_len
         return chunks
+
+
+def _group_starts(lens: list[int]) -> list[int]:
+    """Where groups begin in ascending lengths, so that none pads or gathers too much."""
+    starts = []
+    num_tokens = 0
+    for i, length in enumerate(lens):
+        num_tokens += length
+        gathered = (i + 1 - starts[-1]) * length if starts else 0
+        if not starts or gathered > GATHERED_TOKENS or gathered - num_tokens > PADDING_TOKENS:
+            starts.append(i)
+            num_tokens = length
+    return starts
