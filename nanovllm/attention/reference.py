@@ -103,7 +103,7 @@ class ReferenceAttention:
 
 def _group_starts(lens: list[int]) -> list[int]:
     """Where groups begin in ascending lengths, so that none pads or gathers too much."""
-    starts = []
+    starts: list[int] = []
     num_tokens = 0
     for i, length in enumerate(lens):
         num_tokens += length
