@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from nanovllm.attention import BACKENDS
 from nanovllm.checks import check_bool, check_choice, check_float, check_int
 
+ATTENTION_BACKENDS = ("auto", "reference", "triton", "flash-attn")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -31,11 +31,11 @@ class Config:
         max_num_batched_tokens: a step computes at most so many tokens; longer prompts are cut into chunks.
         gpu_memory_utilization: the share of the GPU's whole memory that this process may use.
         tensor_parallel_size: number of GPUs; only 1 is supported yet.
-        kvcache_block_size: tokens in a KV block.
+        kvcache_block_size: tokens in a KV block; None is what the attention backend likes best.
         num_kvcache_blocks: blocks in the pool, one of which is never handed out; -1 takes what memory allows.
         device: "auto" (CUDA if there is a GPU), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
-        attention_backend: "auto" or the name of one of `nanovllm.attention.BACKENDS`.
+        attention_backend: "reference" (plain PyTorch), "triton", "flash-attn", or "auto": the fastest that is there.
         enable_prefix_caching: share the KV of equal prefixes between requests.
         async_scheduling: plan and launch a step while the tokens of the one before are on their way.
         load_format: "auto" (safetensors) or "dummy" (random weights in the shape that config.json says).
@@ -54,7 +54,7 @@ class Config:
     max_num_batched_tokens: int = 16384
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
-    kvcache_block_size: int = 16
+    kvcache_block_size: int | None = None
     num_kvcache_blocks: int = -1
     device: str | torch.device = "auto"
     dtype: str | torch.dtype = "auto"
@@ -90,8 +90,10 @@ class Config:
         for f in fields(self):
             if f.type is bool:
                 check_bool(f.name, getattr(self, f.name))
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kvcache_block_size"):
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
             check_int(name, getattr(self, name), 1)
+        if self.kvcache_block_size is not None:
+            check_int("kvcache_block_size", self.kvcache_block_size, 1, also=" or None")
         check_int("num_kvcache_blocks", self.num_kvcache_blocks, -1)
         if self.num_kvcache_blocks in (0, 1):
             raise ValueError(f"num_kvcache_blocks must be -1 or at least 2, got {self.num_kvcache_blocks}")
@@ -105,7 +107,7 @@ class Config:
             check_choice("dtype", self.dtype, ("auto", *DTYPES))
         elif self.dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}; got {self.dtype}")
-        check_choice("attention_backend", self.attention_backend, ("auto", *BACKENDS))
+        check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         check_choice("load_format", self.load_format, ("auto", "dummy"))
         if self.seed is not None:
             check_int("seed", self.seed, -(2**63), 2**63 - 1, also=" or None")

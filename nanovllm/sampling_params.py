@@ -68,3 +68,8 @@ class SamplingParams:
             )  # the caller's list may change
         if self.logprobs is not None:
             check_int("logprobs", self.logprobs, -1, also=" or None")
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether some tokens are left out before one is drawn."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)

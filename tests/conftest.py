@@ -1,5 +1,6 @@
 """Tiny random models of every family, and the demo model where it has been fetched."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
+if not torch.cuda.is_available():  # before any kernel is defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DEMO_MODEL = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct"
 CONFIGS = {

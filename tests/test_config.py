@@ -136,7 +136,7 @@ def test_the_defaults_are_nano_vllms_and_vllms() -> None:
         "max_num_batched_tokens": 16384,
         "gpu_memory_utilization": 0.9,
         "tensor_parallel_size": 1,
-        "kvcache_block_size": 16,
+        "kvcache_block_size": None,
         "num_kvcache_blocks": -1,
         "device": "auto",
         "dtype": "auto",

@@ -61,8 +61,8 @@ def test_nothing_synchronises_between_planning_and_sampling(tiny_model):
         torch.cuda.set_sync_debug_mode("error")
         try:
             step = engine.scheduler.schedule()
-            logits = engine.runner.forward(step) if step else None
-            sampled = engine.runner.sample(step, logits) if step else None
+            launched = engine.runner.forward(step) if step else None
+            sampled = engine.runner.sample(launched) if step else None
         finally:
             torch.cuda.set_sync_debug_mode("default")
         finished = engine.scheduler.commit(sampled.result())

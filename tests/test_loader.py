@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.attention import select
+from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.config import ModelConfig
 from nanovllm.layers.linear import Linear, MergedLinear
 from nanovllm.models.decoder import Decoder
@@ -93,7 +93,7 @@ def opened() -> Iterator[set[str]]:
 
 def new_decoder(folder: Path, **changes: Any) -> Decoder:
     """A decoder for the checkpoint, all NaN: what is not filled shows."""
-    decoder = Decoder(replace(ModelConfig.from_folder(folder), **changes), select("reference"), max_len=64)
+    decoder = Decoder(replace(ModelConfig.from_folder(folder), **changes), ReferenceAttention(), max_len=64)
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.fill_(float("nan"))

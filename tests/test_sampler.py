@@ -1,16 +1,23 @@
 """The sampler draws from exactly the distribution that the parameters describe, and noise depends on nothing else."""
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nanovllm import SamplingParams
-from nanovllm.engine.batch import SamplingBatch
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.sampler import gumbel_noise, logprobs, sample, truncate
+from nanovllm.layers.sampler import (
+    SamplingBatch,
+    ban,
+    gumbel_noise,
+    logprobs,
+    pack_sampling,
+    sample,
+    truncate,
+)
 
-CPU = torch.device("cpu")
 COMBINATIONS = {
     "plain": {},
     "hot": {"temperature": 1.7},
@@ -27,13 +34,15 @@ COMBINATIONS = {
 FROZEN_NOISE = [[2.972445, 3.022993, -0.253061], [-0.061819, -1.091792, -0.328843]]
 
 
-def make_batch(params, vocab_size, positions=None, banned=()):
-    """A sampling batch of one row for each of `params`."""
-    sequences = [
-        Sequence(i, [0] * (positions[i] if positions else 1), p, seed=p.seed or 0, max_tokens=1)
-        for i, p in enumerate(params)
-    ]
-    return SamplingBatch.from_sequences(sequences, list(range(len(params))), vocab_size, CPU)
+def make_batch(params, vocab_size):
+    """A sampling batch of one row for each of `params`, each at position 1."""
+    packed = torch.from_numpy(np.array([pack_sampling(p, p.seed or 0, vocab_size) for p in params]))
+    return SamplingBatch.unpack(
+        packed,
+        torch.ones(len(params), dtype=torch.int32),
+        is_random=any(p.temperature > 0 for p in params),
+        is_truncated=any(p.is_truncated for p in params),
+    )
 
 
 def expected_probabilities(logits, params):
@@ -153,11 +162,12 @@ def test_banned_tokens_are_never_drawn():
     seq = Sequence(0, [0], params, seed=4, max_tokens=9, eos_token_ids=frozenset({3}))
     logits = torch.tensor([[0.0, 50.0, 50.0, 50.0, -5.0]])
     for _ in range(3):
-        drawn = sample(logits, SamplingBatch.from_sequences([seq], [0], 5, CPU)).item()
+        banned = torch.tensor([(0, token_id) for token_id in seq.banned_token_ids]).t()
+        drawn = sample(ban(logits, banned), make_batch([params], 5)).item()
         assert drawn in (0, 4)
         seq.append(drawn)
         assert not seq.is_finished
-    assert sample(logits, SamplingBatch.from_sequences([seq], [0], 5, CPU)).item() in (1, 2, 3)
+    assert not seq.banned_token_ids
 
 
 def test_logprobs_are_the_log_softmax_of_raw_logits_with_ranks():

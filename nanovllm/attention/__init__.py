@@ -1,32 +1,39 @@
-"""Attention backends: how queries meet the paged KV cache. `select` picks one; the decoder is handed it.
+"""Attention backends: how queries meet the paged KV cache. `select` picks one; the decoder is handed it."""
 
-A backend is told of a step once (`prepare`) and then, in every layer, stores the new keys and values and attends.
-"""
+from importlib.util import find_spec
 
-from typing import Any, Protocol
+import torch
 
-from torch import Tensor
-
+from nanovllm.attention.backend import AttentionBackend
 from nanovllm.attention.reference import ReferenceAttention
-from nanovllm.engine.batch import Batch
+from nanovllm.config import ModelConfig
+
+__all__ = ["AttentionBackend", "select"]
 
 
-class AttentionBackend(Protocol):
-    """What the decoder asks of attention. T tokens, H query heads, H_kv key-value heads, D the head size."""
+def select(name: str, config: ModelConfig, device: torch.device) -> AttentionBackend:
+    """The backend called `name` for a model; "auto" is the fastest that is there: Triton on a GPU.
 
-    def prepare(self, batch: Batch) -> Any:
-        """What every layer of this step shares; the layers find it as `batch.attention`. Must not synchronise."""
+    Raises:
+        ValueError: the backend is not installed, or does not run this model on this device.
+    """
+    if name == "auto":
+        name = "triton" if device.type == "cuda" and find_spec("triton") else "reference"
+    if name == "reference":
+        return ReferenceAttention()
+    if name == "triton":
+        if find_spec("triton") is None:
+            raise ValueError("attention_backend='triton' needs the package triton, which is not installed")
+        from nanovllm.attention.triton import INTERPRETED, TritonAttention
 
-    def store(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> None:
-        """Write k and v [T, H_kv, D] to their slots in the caches [blocks, block_size, H_kv, D]."""
+        if device.type != "cuda" and not INTERPRETED:
+            raise ValueError(f"attention_backend='triton' needs a GPU, got device {str(device)!r}")
+        return TritonAttention(config, device)
+    if find_spec("flash_attn") is None:
+        raise ValueError(
+            "attention_backend='flash-attn' needs the package flash-attn, which is not installed: "
+            "pip install flash-attn, or leave attention_backend at 'auto'"
+        )
+    from nanovllm.attention.flash import FlashAttention
 
-    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
-        """Causal attention of q [T, H, D], scaled by D^-0.5, to each token's own sequence; [T, H, D]."""
-
-
-BACKENDS: dict[str, type[AttentionBackend]] = {"reference": ReferenceAttention}
-
-
-def select(name: str) -> AttentionBackend:
-    """The backend called `name`; "auto" is the fastest that is there."""
-    return BACKENDS["reference" if name == "auto" else name]()
+    return FlashAttention(config, device)

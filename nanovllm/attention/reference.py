@@ -8,10 +8,12 @@ with an expanded (stride 0) view.
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanovllm.attention.backend import AttentionBackend
 from nanovllm.engine.batch import Batch
 
 # Decode rows attend in groups of similar length: a group more costs about as much as so many tokens of padding.
@@ -37,61 +39,59 @@ class Chunk(NamedTuple):
     mask: Tensor | None  # [end - start, context_len] bool; None if nothing came before
 
 
-class ReferenceAttention:
+class ReferenceAttention(AttentionBackend):
     """Plain PyTorch on any device, any block size, any head size and data type."""
 
-    def prepare(self, batch: Batch) -> tuple[list[DecodeGroup], list[Chunk]]:
-        return self._decode_groups(batch), self._chunks(batch)
-
-    def store(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> None:
-        k_cache.flatten(0, 1).index_copy_(0, batch.slot_mapping, k)
-        v_cache.flatten(0, 1).index_copy_(0, batch.slot_mapping, v)
+    def prepare(self, batch: Batch) -> list[DecodeGroup] | list[Chunk]:
+        return self._decode_groups(batch) if batch.is_decode else self._chunks(batch)
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
         num_kv_heads, head_dim = k_cache.shape[2:]
         group = q.shape[1] // num_kv_heads
         q = q.unflatten(1, (num_kv_heads, group))  # [T, H_kv, G, D]
         out = torch.empty_like(q)
-        decode_groups, chunks = batch.attention
-        for rows, blocks, mask in decode_groups:
-            shape = (len(mask), -1, num_kv_heads, head_dim)
-            k = k_cache.index_select(0, blocks).view(shape).transpose(1, 2)  # [R, H_kv, L, D]
-            v = v_cache.index_select(0, blocks).view(shape).transpose(1, 2)
-            out[rows] = F.scaled_dot_product_attention(q[rows], k, v, attn_mask=mask)
-        for start, end, context_len, blocks, mask in chunks:
-            shape = (num_kv_heads, group, context_len, head_dim)
-            k = k_cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)  # [H_kv, L, D]
-            v = v_cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)
-            attended = F.scaled_dot_product_attention(
-                q[start:end].permute(1, 2, 0, 3),  # [H_kv, G, n, D]
-                k.unsqueeze(1).expand(shape),
-                v.unsqueeze(1).expand(shape),
-                attn_mask=mask,
-                is_causal=mask is None,
-            )
-            out[start:end] = attended.permute(2, 0, 1, 3)
+        for part in batch.attention:
+            if isinstance(part, DecodeGroup):
+                shape = (len(part.mask), -1, num_kv_heads, head_dim)
+                k = k_cache.index_select(0, part.blocks).view(shape).transpose(1, 2)  # [R, H_kv, L, D]
+                v = v_cache.index_select(0, part.blocks).view(shape).transpose(1, 2)
+                out[part.rows] = F.scaled_dot_product_attention(q[part.rows], k, v, attn_mask=part.mask)
+            else:
+                start, end, context_len, blocks, mask = part
+                shape = (num_kv_heads, group, context_len, head_dim)
+                k = k_cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)  # [H_kv, L, D]
+                v = v_cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)
+                attended = F.scaled_dot_product_attention(
+                    q[start:end].permute(1, 2, 0, 3),  # [H_kv, G, n, D]
+                    k.unsqueeze(1).expand(shape),
+                    v.unsqueeze(1).expand(shape),
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                )
+                out[start:end] = attended.permute(2, 0, 1, 3)
         return out.flatten(1, 2)
 
     def _decode_groups(self, batch: Batch) -> list[DecodeGroup]:
-        lens = sorted(batch.cpu_context_lens[: batch.num_decodes])
+        lens = np.sort(batch.cpu_context_lens).tolist()
         bounds = [*_group_starts(lens), len(lens)]
-        if len(bounds) <= 2:
-            return [self._decode_group(batch, slice(0, len(lens)), lens[-1])] if lens else []
-        order = batch.context_lens[: batch.num_decodes].argsort()
+        if len(bounds) == 2:
+            return [self._decode_group(batch, slice(0, len(lens)), lens[-1])]
+        order = batch.context_lens.argsort()
         return [self._decode_group(batch, order[a:b], lens[b - 1]) for a, b in pairwise(bounds)]
 
     def _decode_group(self, batch: Batch, rows: Tensor | slice, max_len: int) -> DecodeGroup:
         num_blocks = -(-max_len // batch.block_size)
         positions = torch.arange(num_blocks * batch.block_size, device=batch.context_lens.device)
         mask = positions < batch.context_lens[rows].unsqueeze(1)
-        return DecodeGroup(rows, batch.block_tables[rows, :num_blocks].flatten(), mask[:, None, None, :])
+        blocks = batch.block_tables[batch.rows[rows], :num_blocks]
+        return DecodeGroup(rows, blocks.flatten(), mask[:, None, None, :])
 
     def _chunks(self, batch: Batch) -> list[Chunk]:
         chunks = []
-        start = batch.num_decodes
-        for i in range(batch.num_decodes, len(batch.query_lens)):
-            query_len, context_len = batch.query_lens[i], batch.cpu_context_lens[i]
-            blocks = batch.block_tables[i, : -(-context_len // batch.block_size)]
+        start = 0
+        lens = zip(batch.query_lens.tolist(), batch.cpu_context_lens.tolist(), strict=True)
+        for i, (query_len, context_len) in enumerate(lens):
+            blocks = batch.block_tables[batch.rows[i], : -(-context_len // batch.block_size)]
             mask = None
             if query_len < context_len:
                 mask = torch.ones(query_len, context_len, dtype=torch.bool, device=blocks.device)

@@ -1,14 +1,19 @@
 """Batch: what one step hands to the model: views of one packed tensor on the device, and the counts the CPU knows."""
 
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from nanovllm.engine.scheduler import Step
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.scheduler import ScheduledSequence
+
+if TYPE_CHECKING:
+    from nanovllm.attention import AttentionBackend
+
+INT = NDArray[np.int32]
 
 
 class DeviceTables(NamedTuple):
@@ -16,138 +21,128 @@ class DeviceTables(NamedTuple):
 
     block_tables: Tensor  # [rows, blocks of the longest sequence] int32
     last_token: Tensor  # [rows] int32, the last token sampled for the row
+    sampling: Tensor  # [rows, 6] int32, see `pack_sampling`
+
+
+class Staging:
+    """The way to the device: arrays are packed into pinned memory and sent in one copy, which nobody waits for.
+
+    Two host buffers take turns: when one is filled again, the step that was sent from it has been committed.
+    Arrays of the same sizes arrive at the same addresses, which is what a CUDA graph reads.
+    """
+
+    def __init__(self, capacity: int, device: torch.device):
+        pin = device.type == "cuda"
+        self.host = [torch.zeros(capacity, dtype=torch.int32, pin_memory=pin) for _ in range(2)]
+        self.device = torch.zeros(capacity, dtype=torch.int32, device=device)
+        self.turn = 0
+
+    def upload(self, *groups: list[INT]) -> list[list[Tensor]]:
+        """Send groups of int32 arrays of any shapes; returns where each array will be on the device."""
+        self.turn = 1 - self.turn
+        host = self.host[self.turn]
+        buffer = host.numpy()
+        views: list[list[Tensor]] = []
+        end = 0
+        for arrays in groups:
+            views.append([])
+            for array in arrays:
+                start, end = end, end + array.size
+                buffer[start:end] = array.reshape(-1)
+                views[-1].append(self.device[start:end].view(array.shape))
+        self.device[:end].copy_(host[:end], non_blocking=True)
+        return views
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to the device without waiting for it: pinned memory is reused only after the copy."""
+    """Copy a CPU tensor of any size and type to the device without waiting: pinned memory is reused after the copy."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass
 class Batch:
-    """T tokens of B sequences, decode rows first; S sequences reach their end. Tensors are on the device.
+    """T tokens of B sequences: the last token of each (`is_decode`), or chunks of prompts. Tensors are on the device.
 
-    Decode rows have one token each, and it is their sequence's last. `attention` is what the attention backend's
-    `prepare` made of this batch.
+    `plan` is what the attention backend's `plan` made of it on the CPU, `attention` what its `prepare` made of both.
     """
 
+    is_decode: bool
     input_ids: Tensor  # [T] int32
     positions: Tensor  # [T] int32
     slot_mapping: Tensor  # [T] int64, where each token's KV goes: block * block_size + offset
-    block_tables: Tensor  # [B, blocks of the longest context] int32
+    rows: Tensor  # [B] int32, of `block_tables`
     context_lens: Tensor  # [B] int32, tokens to attend to: those cached and this step's
-    logits_indices: Tensor  # [S] int32, the tokens whose logits are wanted
+    block_tables: Tensor  # [rows, blocks of the longest sequence] int32
     block_size: int
-    num_decodes: int
-    query_lens: list[int]  # [B] tokens of this step
-    cpu_context_lens: list[int]  # [B]
+    query_lens: INT  # [B] tokens of this step, on the CPU
+    cpu_context_lens: INT  # [B] on the CPU
+    plan: list[Tensor]
     attention: Any = None
 
-    @classmethod
-    def from_step(cls, step: Step, tables: DeviceTables, block_size: int) -> "Batch":
-        """Send what the device must know of `step` in one copy, and derive the rest there.
 
-        The packed parts are input_ids [T] (0 for decode rows, whose tokens the device has), positions [T], the row
-        of each token [T], rows [B], context_lens [B], logits_indices [S], and row, index and block of each new
-        block-table entry [E].
-        """
-        input_ids: list[int] = []
-        positions: list[int] = []
-        token_rows: list[int] = []
-        rows: list[int] = []
-        context_lens: list[int] = []
-        logits_indices: list[int] = []
-        for seq, start, num_tokens, is_decode, is_sampled in step.scheduled:
-            end = start + num_tokens
-            if is_decode:
-                input_ids.append(0)
-                positions.append(start)
-                token_rows.append(seq.row)
-            else:
-                input_ids += seq.token_ids[start:end]
-                positions += range(start, end)
-                token_rows += [seq.row] * num_tokens
-            rows.append(seq.row)
-            context_lens.append(end)
-            if is_sampled:
-                logits_indices.append(len(positions) - 1)
-        updates = [list(column) for column in zip(*step.block_updates, strict=True)] or [[], [], []]
-        parts = [input_ids, positions, token_rows, rows, context_lens, logits_indices, *updates]
-        packed = upload(
-            torch.tensor([*chain.from_iterable(parts)], dtype=torch.int32), tables.block_tables.device
-        )
-        d_input_ids, d_positions, d_token_rows, d_rows, d_context_lens, d_logits_indices, *d_updates = (
-            packed.split([len(part) for part in parts])
-        )
-        update_rows, update_indices, update_blocks = d_updates
-        tables.block_tables[update_rows, update_indices] = update_blocks
-        num_decodes = step.num_decode_tokens
-        d_input_ids[:num_decodes] = tables.last_token[d_rows[:num_decodes]]
-        slots = (
-            tables.block_tables[d_token_rows, d_positions // block_size] * block_size
-            + d_positions % block_size
-        )
-        return cls(
-            input_ids=d_input_ids,
-            positions=d_positions,
-            slot_mapping=slots.long(),
-            block_tables=tables.block_tables[d_rows, : -(-max(context_lens) // block_size)],
-            context_lens=d_context_lens,
-            logits_indices=d_logits_indices,
+class HostBatch(NamedTuple):
+    """A batch on the CPU, on its way. `arrays` are rows, context_lens and the attention plan; for chunks then
+    input_ids [T], positions [T] and token_rows [T], the row of each token."""
+
+    is_decode: bool
+    query_lens: INT
+    context_lens: INT
+    arrays: list[INT]
+
+    def on_device(self, views: list[Tensor], tables: DeviceTables, block_size: int) -> Batch:
+        """The batch whose arrays arrived as `views`. What can be derived is derived on the device."""
+        rows, context_lens = views[:2]
+        if self.is_decode:
+            plan, token_rows = views[2:], rows
+            input_ids, positions = tables.last_token[rows], context_lens - 1
+        else:
+            plan = views[2:-3]
+            input_ids, positions, token_rows = views[-3:]
+        blocks = tables.block_tables[token_rows, positions // block_size]
+        return Batch(
+            is_decode=self.is_decode,
+            input_ids=input_ids,
+            positions=positions,
+            slot_mapping=blocks.long() * block_size + positions % block_size,
+            rows=rows,
+            context_lens=context_lens,
+            block_tables=tables.block_tables,
             block_size=block_size,
-            num_decodes=num_decodes,
-            query_lens=[s.num_tokens for s in step.scheduled],
-            cpu_context_lens=context_lens,
+            query_lens=self.query_lens,
+            cpu_context_lens=self.context_lens,
+            plan=plan,
         )
 
 
-@dataclass
-class SamplingBatch:
-    """How the next tokens of S sequences are drawn. Tensors are on the device; the flags say what can be left out."""
+def pack_decodes(scheduled: list[ScheduledSequence], size: int, backend: "AttentionBackend") -> HostBatch:
+    """Decode rows, filled up to `size` with rows of the trash sequence, whose one token is in block 0."""
+    rows = np.zeros(size, np.int32)
+    context_lens = np.ones(size, np.int32)
+    rows[: len(scheduled)] = [s.seq.row for s in scheduled]
+    context_lens[: len(scheduled)] = [s.start + 1 for s in scheduled]
+    query_lens = np.ones(size, np.int32)
+    plan = backend.plan(True, query_lens, context_lens)
+    return HostBatch(True, query_lens, context_lens, [rows, context_lens, *plan])
 
-    logits_rows: Tensor  # [S] int64, which of the step's logits
-    rows: Tensor  # [S] int64, the sequences' rows
-    seeds: Tensor  # [S] int64
-    positions: Tensor  # [S] int64, the index in the sequence of the token that is drawn
-    top_k: Tensor  # [S] int64, at least 1
-    temperature: Tensor  # [S] float32
-    top_p: Tensor  # [S] float32
-    min_p: Tensor  # [S] float32
-    banned: Tensor  # [2, N] int64: (which of the S, token id)
-    is_random: bool  # some temperature is not 0
-    is_truncated: bool  # some top_k, top_p or min_p is in use
 
-    @classmethod
-    def from_sequences(
-        cls, sequences: list[Sequence], logits_rows: list[int], vocab_size: int, device: torch.device
-    ) -> "SamplingBatch":
-        """Every token of `sequences` must be known: noise and bans depend on where the next one stands."""
-        params = [seq.params for seq in sequences]
-        top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
-        integers = [
-            logits_rows,
-            [seq.row for seq in sequences],
-            [seq.seed for seq in sequences],
-            [len(seq.token_ids) for seq in sequences],
-            top_k,
-        ]
-        floats = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
-        banned = [(i, token_id) for i, seq in enumerate(sequences) for token_id in seq.banned_token_ids]
-        d_logits_rows, d_rows, d_seeds, d_positions, d_top_k = upload(torch.tensor(integers), device)
-        d_temperature, d_top_p, d_min_p = upload(torch.tensor(floats, dtype=torch.float32), device)
-        return cls(
-            logits_rows=d_logits_rows,
-            rows=d_rows,
-            seeds=d_seeds,
-            positions=d_positions,
-            top_k=d_top_k,
-            temperature=d_temperature,
-            top_p=d_top_p,
-            min_p=d_min_p,
-            banned=upload(torch.tensor(banned, dtype=torch.int64).view(-1, 2).t(), device),
-            is_random=any(p.temperature > 0 for p in params),
-            is_truncated=any(
-                p.temperature > 0 and (k < vocab_size or p.top_p < 1 or p.min_p > 0)
-                for p, k in zip(params, top_k, strict=True)
-            ),
-        )
+def pack_chunks(scheduled: list[ScheduledSequence], num_padding: int, backend: "AttentionBackend") -> HostBatch:
+    """Chunks of prompts, and where there is padding a chunk of the trash sequence at the end."""
+    rows = [s.seq.row for s in scheduled]
+    starts = [s.start for s in scheduled]
+    lens = [s.num_tokens for s in scheduled]
+    input_ids = [t for seq, start, n, _, _ in scheduled for t in seq.token_ids[start : start + n]]
+    if num_padding:
+        rows, starts, lens = [*rows, 0], [*starts, 0], [*lens, num_padding]
+        input_ids += [0] * num_padding
+    query_lens, first = int32(lens), int32(starts)
+    offsets = query_lens.cumsum() - query_lens
+    positions = np.arange(len(input_ids)) + np.repeat(first - offsets, query_lens)
+    token_rows = np.repeat(int32(rows), query_lens)
+    context_lens = first + query_lens
+    plan = backend.plan(False, query_lens, context_lens)
+    tokens = [int32(input_ids), int32(positions), token_rows]
+    return HostBatch(False, query_lens, context_lens, [int32(rows), context_lens, *plan, *tokens])
+
+
+def int32(values: ArrayLike) -> INT:
+    return np.asarray(values, np.int32)

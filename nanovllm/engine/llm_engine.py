@@ -73,10 +73,10 @@ class LLMEngine:
         runner = self._runner()
         try:
             step = self.scheduler.schedule()
-            logits = runner.forward(step) if step else None
+            launched = runner.forward(step) if step else None
             counts = self._commit()
-            if step is not None and logits is not None and self.scheduler.has_unfinished:
-                self.in_flight = step, runner.sample(step, logits)
+            if step is not None and launched is not None and self.scheduler.has_unfinished:
+                self.in_flight = step, runner.sample(launched)
             if not self.config.async_scheduling:
                 counts = self._commit()
             return counts
@@ -116,7 +116,7 @@ class LLMEngine:
     def _new_scheduler(self) -> Scheduler:
         config = self.config
         manager = BlockManager(
-            self._runner().num_blocks, config.kvcache_block_size, config.enable_prefix_caching
+            self._runner().num_blocks, self._runner().block_size, config.enable_prefix_caching
         )
         budget = config.max_num_batched_tokens
         if config.torch_device.type == "cpu":

@@ -5,9 +5,11 @@ Nothing between planning a step and launching it synchronises; the only wait is 
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -15,12 +17,22 @@ from torch import Tensor
 
 from nanovllm import attention
 from nanovllm.config import Config, ModelConfig
-from nanovllm.engine.batch import Batch, DeviceTables, SamplingBatch, upload
+from nanovllm.engine.batch import (
+    INT,
+    DeviceTables,
+    HostBatch,
+    Staging,
+    int32,
+    pack_chunks,
+    pack_decodes,
+    upload,
+)
+from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
 from nanovllm.engine.memory import GIB, available_host_memory, cuda_pool_bytes
 from nanovllm.engine.scheduler import ScheduledSequence, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.linear import Linear
-from nanovllm.layers.sampler import logprobs, sample
+from nanovllm.layers.sampler import SamplingBatch, ban, logprobs, pack_sampling, sample
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import load_dummy, load_weights
 from nanovllm.outputs import Logprob
@@ -28,13 +40,16 @@ from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
+# Chunks are padded to a multiple of so many tokens where layers are compiled, which makes a variant for one token.
+TOKEN_MULTIPLE = 8
+
 
 @dataclass
 class SampledTokens:
     """The tokens of a launched step, on their way to the CPU."""
 
     sequences: list[Sequence]
-    token_ids: Tensor  # [S] int64
+    token_ids: Tensor  # [S]
     logprobs: tuple[
         Tensor, ...
     ]  # for the sequences that ask for them: see layers.sampler.logprobs; else empty
@@ -55,26 +70,41 @@ class SampledTokens:
             yield seq, token_id, candidates
 
 
+class Launched(NamedTuple):
+    """A step on its way to its logits, of its sampled sequences in order."""
+
+    sequences: list[Sequence]
+    logits: Tensor  # [S, vocabulary]
+    rows: Tensor  # [S] int32
+    positions: Tensor  # [S] int32, of the tokens to be drawn
+
+
 class ModelRunner:
     """Runs steps of one model on one device. `num_blocks` is the size of the KV pool that it made."""
 
     def __init__(self, config: Config, model_config: ModelConfig, folder: Path, max_len: int):
         self.device = config.torch_device
-        self.block_size = config.kvcache_block_size
         self.model_config = model_config
-        self.vocab_size = model_config.vocab_size
-        self.backend = attention.select(config.attention_backend)
+        self.backend = attention.select(config.attention_backend, model_config, self.device)
+        self.block_size = config.kvcache_block_size or self.backend.block_size
+        self.compiles = self.device.type == "cuda" and not config.enforce_eager
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             self._start_free, _ = torch.cuda.mem_get_info(self.device)
             self._start_reserved = torch.cuda.memory_reserved(self.device)
+        num_rows = config.max_num_seqs + 1
+        blocks_per_row = -(-max_len // self.block_size)
         with torch.device(self.device):
             self.model = Decoder(model_config, self.backend, max_len)
-            num_rows = config.max_num_seqs + 1
             self.tables = DeviceTables(
-                block_tables=torch.zeros(num_rows, -(-max_len // self.block_size), dtype=torch.int32),
+                block_tables=torch.zeros(num_rows, blocks_per_row, dtype=torch.int32),
                 last_token=torch.zeros(num_rows, dtype=torch.int32),
+                sampling=torch.zeros(num_rows, 6, dtype=torch.int32),
             )
+        # A row has 13 numbers and its attention plan, a token 3 and its plan, a new block-table entry 2.
+        self.staging = Staging(
+            num_rows * (40 + 2 * blocks_per_row) + config.max_num_batched_tokens * 8 + 65536, self.device
+        )
         if config.load_format == "dummy":
             load_dummy(self.model)
         else:
@@ -83,35 +113,71 @@ class ModelRunner:
             for module in self.model.modules():
                 if isinstance(module, Linear):
                     module.pack()
+        if self.compiles:
+            for layer in self.model.layers:
+                layer.compile(dynamic=True)
+        self.graphs: DecodeGraphs | None = None
+        sizes = graph_sizes(config.max_num_seqs) if self.compiles and self.backend.capturable else []
         self.kv_cache = self._new_kv_cache(1)  # until it is known how many fit
-        self.num_blocks = self._choose_num_blocks(config, max_len)
+        self.num_blocks = self._choose_num_blocks(config, max_len, sizes)
         self.kv_cache = self._new_kv_cache(self.num_blocks)
+        if sizes:
+            self.graphs = DecodeGraphs(self._decode_trash, sizes)
 
     @torch.inference_mode()
-    def forward(self, step: Step) -> Tensor:
-        """Launch a step up to its logits [S, vocabulary], of its sampled sequences in order; return at once."""
-        batch = Batch.from_step(step, self.tables, self.block_size)
-        batch.attention = self.backend.prepare(batch)
-        hidden = self.model(batch, self.kv_cache)
-        return self.model.logits(hidden[batch.logits_indices])
+    def forward(self, step: Step) -> Launched:
+        """Launch a step up to its logits; return at once. Decode rows are a batch, and replayed; chunks are another."""
+        num_decodes = len(step.decodes)
+        size = self.graphs.size_for(num_decodes) if self.graphs else num_decodes
+        decodes = pack_decodes(step.decodes, size, self.backend) if num_decodes else None
+        chunks = None
+        if step.chunks:
+            num_padding = -step.num_prefill_tokens % TOKEN_MULTIPLE if self.compiles else 0
+            chunks = pack_chunks(step.chunks, num_padding, self.backend)
+        sampled = [s for s in step.scheduled if s.is_sampled]
+        chunk_ends = accumulate(s.num_tokens for s in step.chunks)
+        last_tokens = [i - 1 for i, s in zip(chunk_ends, step.chunks, strict=True) if s.is_sampled]
+        decode_views, update_views, chunk_views, (rows, positions, d_last_tokens) = self.staging.upload(
+            decodes.arrays if decodes else [],  # first: where the graphs read them
+            self._pack_updates(step),
+            chunks.arrays if chunks else [],
+            [int32([s.seq.row for s in sampled]), int32([s.start + s.num_tokens for s in sampled]), int32(last_tokens)],
+        )
+        self._apply_updates(update_views)
+        hidden = []
+        if decodes and self.graphs:
+            hidden.append(self.graphs.replay(size)[:num_decodes])
+        elif decodes:
+            hidden.append(self._compute(decodes, decode_views))
+        if chunks:
+            hidden.append(self._compute(chunks, chunk_views)[d_last_tokens])
+        logits = self.model.logits(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+        return Launched([s.seq for s in sampled], logits, rows, positions)
 
     @torch.inference_mode()
-    def sample(self, step: Step, logits: Tensor) -> SampledTokens:
+    def sample(self, launched: Launched) -> SampledTokens:
         """Launch the sampling of a step whose predecessor is committed, so that every sequence is known in full.
 
-        A sequence that the predecessor finished is left out.
+        A sequence that the predecessor finished is sampled for nothing: its token is passed over.
         """
-        sampled = [s.seq for s in step.scheduled if s.is_sampled]
-        alive = [i for i, seq in enumerate(sampled) if not seq.is_finished]
-        sequences = [sampled[i] for i in alive]
+        sequences, logits, rows, positions = launched
         if not sequences:
             return SampledTokens([], torch.empty(0, dtype=torch.int64), (), None)
-        batch = SamplingBatch.from_sequences(sequences, alive, self.vocab_size, self.device)
-        if len(alive) < len(sampled):
-            logits = logits[batch.logits_rows]
-        token_ids = sample(logits, batch)
-        self.tables.last_token[batch.rows] = token_ids.int()
-        asked = self._logprobs(sequences, logits, token_ids)
+        raw_logits = logits
+        banned = [(i, token_id) for i, seq in enumerate(sequences) for token_id in seq.banned_token_ids]
+        if banned:
+            logits = ban(logits, upload(torch.tensor(banned).t(), self.device))
+        is_truncated = any(seq.params.is_truncated for seq in sequences)
+        if logits.is_cuda and not is_truncated:
+            from nanovllm.kernels.gumbel import gumbel_max
+
+            token_ids = gumbel_max(logits, rows, positions, self.tables.sampling, self.tables.last_token)
+        else:
+            is_random = any(seq.params.temperature > 0 for seq in sequences)
+            packed = self.tables.sampling[rows]
+            token_ids = sample(logits, SamplingBatch.unpack(packed, positions, is_random, is_truncated))
+            self.tables.last_token[rows] = token_ids.int()
+        asked = self._logprobs(sequences, raw_logits, token_ids)
         token_ids = token_ids.to("cpu", non_blocking=True)
         asked = tuple(tensor.to("cpu", non_blocking=True) for tensor in asked)
         copied = None
@@ -125,14 +191,44 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def _compute(self, host: HostBatch, views: list[Tensor]) -> Tensor:
+        """Hidden states [T, hidden] of a batch whose arrays are on the device."""
+        batch = host.on_device(views, self.tables, self.block_size)
+        batch.attention = self.backend.prepare(batch)
+        return self.model(batch, self.kv_cache)
+
+    def _start_trash_decode(self, size: int) -> Callable[[], Tensor]:
+        """Send a decode step of trash rows to where every decode step's arrays are; returns what computes it."""
+        host = pack_decodes([], size, self.backend)
+        (views,) = self.staging.upload(host.arrays)
+        return torch.inference_mode()(lambda: self._compute(host, views))
+
+    def _pack_updates(self, step: Step) -> list[INT]:
+        """What the tables have to learn: places and blocks [E]; rows [R] and their sampling parameters [R, 6]."""
+        rows, indices, blocks = int32(step.block_updates).reshape(-1, 3).T
+        vocab_size = self.model_config.vocab_size
+        return [
+            rows * self.tables.block_tables.shape[1] + indices,
+            blocks,
+            int32([seq.row for seq in step.admitted]),
+            int32([pack_sampling(seq.params, seq.seed, vocab_size) for seq in step.admitted]),
+        ]
+
+    def _apply_updates(self, views: list[Tensor]) -> None:
+        places, blocks, rows, sampling = views
+        if len(places):
+            self.tables.block_tables.view(-1)[places] = blocks
+        if len(rows):
+            self.tables.sampling[rows] = sampling
+
     def _logprobs(self, sequences: list[Sequence], logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
         """Of the sequences that ask for them, as many as any of them asks for."""
         asking = [(i, s.params.logprobs) for i, s in enumerate(sequences) if s.params.logprobs is not None]
         if not asking:
             return ()
-        num_top = max(self.vocab_size if n == -1 else n for _, n in asking)
+        num_top = max(self.model_config.vocab_size if n == -1 else n for _, n in asking)
         rows = upload(torch.tensor([i for i, _ in asking]), self.device)
-        return logprobs(logits[rows], token_ids[rows], num_top)
+        return logprobs(logits[rows], token_ids[rows].long(), num_top)
 
     def _new_kv_cache(self, num_blocks: int) -> list[tuple[Tensor, Tensor]]:
         """Each layer's keys and values [blocks, block_size, H_kv, D] in one piece of memory.
@@ -149,12 +245,12 @@ class ModelRunner:
             cache = torch.zeros(shape, dtype=c.dtype, device=self.device)
         return [(k, v) for k, v in cache]
 
-    def _choose_num_blocks(self, config: Config, max_len: int) -> int:
+    def _choose_num_blocks(self, config: Config, max_len: int, sizes: list[int]) -> int:
         """The number of blocks that the options and the memory allow; ValueError if they hold too little."""
         block_bytes = sum(k.nbytes + v.nbytes for k, v in self.kv_cache)
         needed = -(-max_len // self.block_size) + 1  # and the trash block
         if self.device.type == "cuda":
-            num_blocks = self._cuda_pool_bytes(config, max_len, block_bytes) // block_bytes
+            num_blocks = self._cuda_pool_bytes(config, max_len, block_bytes, sizes) // block_bytes
         else:
             pool = available_host_memory() // 4
             wanted = -(-config.max_num_seqs * max_len // self.block_size) + 1
@@ -176,13 +272,15 @@ class ModelRunner:
         )
         return num_blocks
 
-    def _cuda_pool_bytes(self, config: Config, max_len: int, block_bytes: int) -> int:
-        """What a profiled largest step leaves of our share, or what the options ask for, if that much is free."""
+    def _cuda_pool_bytes(self, config: Config, max_len: int, block_bytes: int, sizes: list[int]) -> int:
+        """What a profiled largest step and the graphs of `sizes` leave of our share, or what the options ask for, if
+        that much is free."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         reserved = torch.cuda.memory_reserved(self.device)
         self._run_largest_steps(config, max_len)
         peak = torch.cuda.max_memory_reserved(self.device) - reserved
+        peak += self._graph_bytes(sizes)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         reserved = torch.cuda.memory_reserved(self.device)
@@ -199,20 +297,35 @@ class ModelRunner:
             )
         return pool
 
+    def _graph_bytes(self, sizes: list[int]) -> int:
+        """What graphs of `sizes` will take: one of the largest its memory, which all share, and each a little more."""
+        if not sizes:
+            return 0
+        free, _ = torch.cuda.mem_get_info(self.device)
+        taken = []
+        for few in (sizes[-1:], sizes[-3:]):
+            graphs = DecodeGraphs(self._start_trash_decode, few)
+            torch.cuda.empty_cache()
+            taken.append(free - torch.cuda.mem_get_info(self.device)[0])
+            del graphs
+            torch.cuda.empty_cache()
+        largest, three = taken
+        return largest + max(0, three - largest) * len(sizes) // 2
+
     def _run_largest_steps(self, config: Config, max_len: int) -> None:
         """Run the steps that take the most memory, on row 0 and block 0: longest prompts, then most sequences."""
         params = SamplingParams(top_p=0.9, logprobs=0)
         budget = config.max_num_batched_tokens
         prompts = Step()
-        while budget and len(prompts.scheduled) < config.max_num_seqs:
+        while budget and len(prompts.chunks) < config.max_num_seqs:
             num_tokens = min(budget, max_len)
             seq = Sequence(0, [0] * num_tokens, params, seed=0, max_tokens=1)
-            prompts.scheduled.append(ScheduledSequence(seq, 0, num_tokens, is_decode=False, is_sampled=True))
+            prompts.chunks.append(ScheduledSequence(seq, 0, num_tokens, is_decode=False, is_sampled=True))
             budget -= num_tokens
         decodes = Step()
         for _ in range(min(config.max_num_seqs, config.max_num_batched_tokens)):
             seq = Sequence(0, [0], params, seed=0, max_tokens=1)
-            decodes.scheduled.append(ScheduledSequence(seq, max_len - 1, 1, is_decode=True, is_sampled=True))
+            decodes.decodes.append(ScheduledSequence(seq, max_len - 1, 1, is_decode=True, is_sampled=True))
         for step in (prompts, decodes):
-            self.sample(step, self.forward(step))
+            self.sample(self.forward(step))
         self.synchronize()

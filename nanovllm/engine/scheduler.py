@@ -27,20 +27,29 @@ class ScheduledSequence(NamedTuple):
 
 @dataclass
 class Step:
-    """What one launch computes: decode rows first, then chunks of prompts; and the block-table entries new to it."""
+    """What one launch computes: the last tokens of running sequences, then chunks of prompts.
 
-    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    Beside them, what the device must learn: the sequences new to their rows, and the block-table entries new to it.
+    """
+
+    decodes: list[ScheduledSequence] = field(default_factory=list)
+    chunks: list[ScheduledSequence] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
     block_updates: list[tuple[int, int, int]] = field(
         default_factory=list
     )  # (row, index in its table, block)
 
     @property
+    def scheduled(self) -> list[ScheduledSequence]:
+        return self.decodes + self.chunks
+
+    @property
     def num_decode_tokens(self) -> int:
-        return sum(s.is_decode for s in self.scheduled)
+        return len(self.decodes)
 
     @property
     def num_prefill_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.scheduled if not s.is_decode)
+        return sum(s.num_tokens for s in self.chunks)
 
 
 class Scheduler:
@@ -78,8 +87,7 @@ class Scheduler:
         budget, preempted = self._schedule_running(step, self.max_num_batched_tokens)
         if not preempted and self._admits():
             self._schedule_waiting(step, budget)
-        step.scheduled.sort(key=lambda s: not s.is_decode)
-        return step if step.scheduled else None
+        return step if step.decodes or step.chunks else None
 
     def commit(self, sampled: Iterable[tuple[Sequence, int, dict[int, Logprob] | None]]) -> list[Sequence]:
         """Take the tokens that a step drew, with their log-probabilities; return the sequences that finished.
@@ -144,6 +152,7 @@ class Scheduler:
             self.waiting.popleft()
             manager.share(seq, cached)
             seq.row = self.free_rows.pop()
+            step.admitted.append(seq)
             seq.num_computed_tokens = num_cached
             seq.num_prefill_tokens = len(seq.token_ids)
             if seq.num_cached_tokens is None:
@@ -163,7 +172,9 @@ class Scheduler:
         seq.num_computed_tokens += num_tokens
         is_sampled = seq.num_computed_tokens == seq.num_tokens
         is_decode = start >= seq.num_prefill_tokens
-        step.scheduled.append(ScheduledSequence(seq, start, num_tokens, is_decode, is_sampled))
+        (step.decodes if is_decode else step.chunks).append(
+            ScheduledSequence(seq, start, num_tokens, is_decode, is_sampled)
+        )
         self.block_manager.register(seq)
         seq.num_pending += is_sampled
 

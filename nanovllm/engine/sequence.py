@@ -28,6 +28,7 @@ class Sequence:
     prompt: str | None = None
 
     num_prompt_tokens: int = field(init=False)
+    is_plain: bool = field(init=False)  # the logits are drawn from as they are, and nothing else is asked for
     num_computed_tokens: int = 0
     num_prefill_tokens: int = 0
     num_pending: int = 0
@@ -42,6 +43,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+        self.is_plain = not self.params.is_truncated and not self.params.min_tokens and self.params.logprobs is None
 
     @property
     def num_tokens(self) -> int:

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from nanovllm.config import RopeConfig
 
 
+Rotary = tuple[Tensor, Tensor]  # cosines and sines of the tokens' positions, [T, 1, head_dim] float32 each
+
+
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """The angle per position of each pair of dimensions, float32 [head_dim / 2], and a factor for cos and sin."""
     inv_freq = rope.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
@@ -62,7 +65,7 @@ class RotaryEmbedding(nn.Module):
             table = torch.cat((angles.cos(), angles.sin()), dim=-1) * factor
         self.register_buffer("cos_sin", table.to(torch.get_default_device()), persistent=False)
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor) -> Rotary:
         cos, sin = self.cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # [T, 1, head_dim] each
 

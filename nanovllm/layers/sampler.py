@@ -1,31 +1,71 @@
 """The sampler: from logits to token ids, greedy and random in one path.
 
-A token is drawn by the Gumbel-max trick: the arg max of logits / temperature + Gumbel noise has the softmax's
-distribution, and without noise it is the greedy token. The noise is a pure function of (seed, position, vocabulary id), so
-a request draws the same tokens whatever batch it is in, and on any number of devices.
+A token is drawn by the Gumbel-max trick: the arg max of logits + temperature · Gumbel noise has the distribution of
+softmax(logits / temperature), and at temperature 0 it is the greedy token. The noise is a pure function of (seed,
+position, vocabulary id), so a request draws the same tokens whatever batch it is in, and on any number of devices.
 """
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from nanovllm.engine.batch import SamplingBatch
+from nanovllm.sampling_params import SamplingParams
+
+
+def pack_sampling(params: SamplingParams, seed: int, vocab_size: int) -> NDArray[np.int32]:
+    """What the device keeps of a request, int32 [6]: temperature, top_p and min_p as the bits of float32, top_k (at
+    least 1), and the two halves of the seed."""
+    packed = np.empty(6, np.int32)
+    packed[:3] = np.array([params.temperature, params.top_p, params.min_p], np.float32).view(np.int32)
+    packed[3] = min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size
+    packed[4:] = np.array([seed], np.int64).view(np.int32)
+    return packed
+
+
+@dataclass
+class SamplingBatch:
+    """How the next tokens of S sequences are drawn."""
+
+    temperature: Tensor  # [S] float32
+    top_p: Tensor  # [S] float32
+    min_p: Tensor  # [S] float32
+    top_k: Tensor  # [S] int32
+    seeds: Tensor  # [S] int64
+    positions: Tensor  # [S], the index in the sequence of the token that is drawn
+    is_random: bool  # some temperature is not 0
+    is_truncated: bool  # some top_k, top_p or min_p is in use
+
+    @classmethod
+    def unpack(
+        cls, packed: Tensor, positions: Tensor, is_random: bool, is_truncated: bool
+    ) -> "SamplingBatch":
+        """From rows of `pack_sampling` [S, 6]."""
+        temperature, top_p, min_p = packed.view(torch.float32)[:, :3].unbind(1)
+        seeds = packed.view(torch.int64)[:, 2]
+        return cls(temperature, top_p, min_p, packed[:, 3], seeds, positions, is_random, is_truncated)
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """Draw a token for each row of logits [S, vocabulary]; int64 [S]."""
-    if batch.banned.numel():
-        logits = logits.index_put(tuple(batch.banned), logits.new_full((), -torch.inf))
+    """Draw a token for each row of logits [S, vocabulary]; int64 [S]. On a tie the lowest token id wins."""
     if not batch.is_random:
-        return logits.max(dim=-1).indices  # the lowest id among equals; argmax takes 4 times as long on a CPU
-    greedy = (batch.temperature == 0).unsqueeze(1)
-    temperature = batch.temperature.unsqueeze(1).masked_fill(greedy, 1.0)
-    # From the maximum down, so that a tiny temperature cannot overflow.
-    scores = logits.float()
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
+        return logits.max(dim=-1).indices  # argmax takes 4 times as long on a CPU
+    temperature = batch.temperature.unsqueeze(1)
+    logits = logits.float()
     if batch.is_truncated:
-        scores = truncate(scores, batch.min_p, batch.top_k, batch.top_p)
-    noise = gumbel_noise(batch.seeds, batch.positions, scores.shape[1])
-    return (scores + noise.masked_fill_(greedy, 0.0)).max(dim=-1).indices
+        # From the maximum down, so that a tiny temperature cannot overflow.
+        scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.masked_fill(temperature == 0, 1.0)
+        kept = truncate(scores, batch.min_p, batch.top_k, batch.top_p) > -torch.inf
+        logits = logits.masked_fill(~kept, -torch.inf)
+    noise = gumbel_noise(batch.seeds, batch.positions, logits.shape[1])
+    return torch.addcmul(logits, noise, temperature).max(dim=-1).indices
+
+
+def ban(logits: Tensor, banned: Tensor) -> Tensor:
+    """A copy of the logits without the (row, token id) in the columns of `banned` [2, N]."""
+    return logits.index_put(tuple(banned), logits.new_full((), -torch.inf))
 
 
 def truncate(scores: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

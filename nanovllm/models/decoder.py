@@ -4,6 +4,7 @@ Module names are the checkpoints' names, so that the loader needs no table. The 
 paged KV; it does not know requests.
 """
 
+import torch
 from torch import Tensor, nn
 
 from nanovllm.attention import AttentionBackend
@@ -13,7 +14,7 @@ from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.embedding import Embedding
 from nanovllm.layers.linear import Linear, MergedLinear
 from nanovllm.layers.norm import RMSNorm
-from nanovllm.layers.rotary import RotaryEmbedding, apply_rotary
+from nanovllm.layers.rotary import Rotary, RotaryEmbedding
 
 
 class Attention(nn.Module):
@@ -23,8 +24,7 @@ class Attention(nn.Module):
         super().__init__()
         self.backend = backend
         self.head_dim = config.head_dim
-        self.num_heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        q_size, kv_size, _ = (n * config.head_dim for n in self.num_heads)
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv_proj = MergedLinear(config.hidden_size, parts, config.qkv_bias, config.dtype)
         self.o_proj = Linear(q_size, config.hidden_size, config.o_bias, config.dtype)
@@ -34,16 +34,19 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.dtype)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch
+        self, x: Tensor, rotary: Rotary, k_cache: Tensor, v_cache: Tensor, batch: Batch
     ) -> Tensor:
-        qkv = self.qkv_proj(x)  # [T, (H + 2 H_kv) D]
-        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.num_heads, dim=1)  # [T, heads, D] each
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        self.backend.store(k, v, k_cache, v_cache, batch)
-        attended = self.backend.attend(q, k_cache, v_cache, batch)  # [T, H, D]
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 H_kv, D]
+        attended = self.attend(qkv, rotary, k_cache, v_cache, batch)  # [T, H, D]
         return self.o_proj(attended.flatten(1))
+
+    @torch.compiler.disable  # kernels of their own, on a cache that a compiler would take a copy of
+    def attend(
+        self, qkv: Tensor, rotary: Rotary, k_cache: Tensor, v_cache: Tensor, batch: Batch
+    ) -> Tensor:
+        norms = None if self.q_norm is None else (self.q_norm, self.k_norm)
+        q = self.backend.store(qkv, norms, rotary, k_cache, v_cache, batch)
+        return self.backend.attend(q, k_cache, v_cache, batch)
 
 
 class MLP(nn.Module):
@@ -66,9 +69,9 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch
+        self, x: Tensor, rotary: Rotary, k_cache: Tensor, v_cache: Tensor, batch: Batch
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, k_cache, v_cache, batch)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, k_cache, v_cache, batch)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -91,9 +94,9 @@ class Decoder(nn.Module):
         `kv_cache` holds each layer's keys and values, [blocks, block_size, H_kv, D] both.
         """
         x = self.embed_tokens(batch.input_ids)
-        cos, sin = self.rotary(batch.positions)
+        rotary = self.rotary(batch.positions)
         for layer, (k_cache, v_cache) in zip(self.layers, kv_cache, strict=True):
-            x = layer(x, cos, sin, k_cache, v_cache, batch)
+            x = layer(x, rotary, k_cache, v_cache, batch)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,0 +1,60 @@
+"""The seam between the decoder and attention: how queries, keys and values meet the paged KV cache."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nanovllm.engine.batch import Batch
+from nanovllm.layers.norm import RMSNorm
+from nanovllm.layers.rotary import Rotary, apply_rotary
+
+
+class AttentionBackend:
+    """What the decoder asks of attention. A backend of one's own must write `attend` alone.
+
+    T tokens, B sequences, H query heads, H_kv key-value heads, D the head size. In a batch either every sequence has
+    one token (`batch.is_decode`) or each has a chunk of its prompt, after what the cache holds of it.
+    """
+
+    block_size = 16  # tokens in a KV block, unless the user asks for another
+    capturable = False  # whether decode rows may run in a CUDA graph: then nothing may depend on the values of lengths
+
+    def plan(
+        self, is_decode: bool, query_lens: NDArray[np.int32], context_lens: NDArray[np.int32]
+    ) -> list[NDArray[np.int32]]:
+        """Arrays that the device needs for this step, made on the CPU; they arrive as `batch.plan`.
+
+        For decode rows of a capturable backend their shapes depend on the number of rows alone.
+        """
+        return []
+
+    def prepare(self, batch: Batch) -> Any:
+        """What the layers of this step share; they find it as `batch.attention`. Must not synchronise."""
+
+    def store(
+        self,
+        qkv: Tensor,
+        norms: tuple[RMSNorm, RMSNorm] | None,
+        rotary: Rotary,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: Batch,
+    ) -> Tensor:
+        """Normalise (where there are `norms`) and rotate q and k of qkv [T, H + 2 H_kv, D], and write k and v to
+        their slots in the caches [blocks, block_size, H_kv, D]; returns q [T, H, D]. May overwrite qkv.
+
+        `rotary` is what `layers.rotary.RotaryEmbedding` returns for the tokens' positions.
+        """
+        num_kv_heads = k_cache.shape[2]
+        q, k, v = qkv.split([qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+        if norms is not None:
+            q, k = norms[0](q), norms[1](k)
+        k_cache.flatten(0, 1).index_copy_(0, batch.slot_mapping, apply_rotary(k, *rotary))
+        v_cache.flatten(0, 1).index_copy_(0, batch.slot_mapping, v)
+        return apply_rotary(q, *rotary)
+
+    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
+        """Causal attention of q [T, H, D], scaled by D^-0.5, to each token's own sequence; [T, H, D]."""
+        raise NotImplementedError

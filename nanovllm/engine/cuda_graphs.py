@@ -1,0 +1,43 @@
+"""CUDA graphs of decode steps: hundreds of launches replayed as one, in a few sizes to which steps are padded."""
+
+from bisect import bisect_left
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Numbers of rows to capture, ascending: close together where a row costs most, an eighth apart from 64 on.
+
+    There is none of one row: torch.compile would make a variant of every layer for it.
+    """
+    sizes = [2, 4]
+    while sizes[-1] < max_num_seqs:
+        size = sizes[-1]
+        sizes.append(size + max(4 if size < 16 else 8, size // 64 * 8))
+    return [size for size in sizes[:-1] if size < max_num_seqs] + [max(2, max_num_seqs)]
+
+
+class DecodeGraphs:
+    """Captured decode steps. They share their memory: what one returns is gone when another is replayed."""
+
+    def __init__(self, decode: Callable[[int], Tensor], sizes: list[int]):
+        """Capture `decode(size)` for each of the ascending sizes; it returns hidden states [size, hidden]."""
+        self.sizes = sizes
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(sizes):  # the largest first: the others fit into its memory
+            decode(size)  # compiles, loads and allocates what a capture must not
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                hidden = decode(size)
+            self.graphs[size] = graph, hidden
+
+    def size_for(self, num_rows: int) -> int:
+        return self.sizes[bisect_left(self.sizes, num_rows)]
+
+    def replay(self, size: int) -> Tensor:
+        graph, hidden = self.graphs[size]
+        graph.replay()
+        return hidden

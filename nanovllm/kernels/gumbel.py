@@ -1,0 +1,91 @@
+"""Gumbel-max sampling in one pass over the logits. The twin is `layers.sampler.sample` without truncation."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 2048
+TARGET_PROGRAMS = 1024  # enough to fill a large GPU a few times over
+
+
+def gumbel_max(
+    logits: Tensor, rows: Tensor, positions: Tensor, sampling: Tensor, last_token: Tensor
+) -> Tensor:
+    """Draw a token for each row of logits [S, vocabulary], whose sampling parameters are `sampling[rows]`.
+
+    The tokens are also written to `last_token[rows]`. Returns int32 [S].
+    """
+    num_rows, vocab_size = logits.shape
+    num_blocks = triton.cdiv(vocab_size, BLOCK)
+    per_split = triton.cdiv(num_blocks, max(1, min(num_blocks, TARGET_PROGRAMS // num_rows)))
+    num_splits = triton.cdiv(num_blocks, per_split)
+    best = torch.empty(num_rows, num_splits, dtype=torch.int64, device=logits.device)
+    token_ids = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
+    gumbel_max_kernel[(num_rows, num_splits)](
+        logits, logits.stride(0), vocab_size, rows, positions, sampling, best, per_split, BLOCK=BLOCK, num_warps=8
+    )
+    pick_kernel[(num_rows,)](
+        best, num_splits, rows, last_token, token_ids, SPLITS=triton.next_power_of_2(num_splits), num_warps=1
+    )
+    return token_ids
+
+
+@triton.jit
+def mix64(x):
+    x = x + -0x61C8864680B583EB
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit
+def mix32(x):
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+@triton.jit
+def gumbel_max_kernel(
+    logits, stride, vocab_size, rows, positions, sampling, best, per_split, BLOCK: tl.constexpr
+):
+    """The best column of one split of one row, as a number that orders by score first, then by the lower column."""
+    s = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    params = sampling + tl.load(rows + s) * 6
+    temperature = tl.load(params).to(tl.float32, bitcast=True)
+    seed = (tl.load(params + 5).to(tl.int64) << 32) | (tl.load(params + 4).to(tl.int64) & 0xFFFFFFFF)
+    key = mix64(mix64(seed) + tl.load(positions + s))
+    low, high = key.to(tl.int32), (key >> 32).to(tl.int32)
+    lane = tl.arange(0, BLOCK)
+    best_score = tl.full([BLOCK], float("-inf"), tl.float32)
+    best_column = lane + split * per_split * BLOCK
+    for block in range(split * per_split, (split + 1) * per_split):
+        column = block * BLOCK + lane
+        score = tl.load(logits + s * stride + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
+        if temperature > 0:
+            bits = mix32(mix32(column ^ low) ^ high) & 0x7FFFFFFF
+            v = tl.minimum((bits.to(tl.float32) + 0.5) * 4.656612873077393e-10, 1 - 5.960464477539063e-08)
+            # -log(1 - v), by its series where the logarithm would lose what makes the winners differ
+            series = v * (1 + v * (0.5 + v * (1 / 3 + v * (0.25 + v * (0.2 + v * (1 / 6))))))
+            exponential = tl.where(v < 0.04, series, -tl.log(1 - v))
+            score -= temperature * tl.log(exponential)
+        better = score > best_score
+        best_score = tl.where(better, score, best_score)
+        best_column = tl.where(better, column, best_column)
+    bits = (best_score + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    packed = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - best_column).to(tl.int64)
+    tl.store(best + s * tl.num_programs(1) + split, tl.max(packed, 0))
+
+
+@triton.jit
+def pick_kernel(best, num_splits, rows, last_token, token_ids, SPLITS: tl.constexpr):
+    s = tl.program_id(0)
+    split = tl.arange(0, SPLITS)
+    lowest = -0x7FFFFFFFFFFFFFFF
+    packed = tl.max(tl.load(best + s * num_splits + split, mask=split < num_splits, other=lowest), 0)
+    token = 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
+    tl.store(token_ids + s, token)
+    tl.store(last_token + tl.load(rows + s), token)

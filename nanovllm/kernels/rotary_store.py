@@ -1,0 +1,81 @@
+"""q/k-norm, rotary embedding and the KV store in one pass over q, k and v. The twin is `AttentionBackend.store`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.layers.norm import RMSNorm
+from nanovllm.layers.rotary import Rotary
+
+
+def norm_rotate_store(
+    qkv: Tensor,
+    norms: tuple[RMSNorm, RMSNorm] | None,
+    rotary: Rotary,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """As `AttentionBackend.store`; q is done in place, in float32 to the end, and returned as a view of qkv [T, H + 2 H_kv, D]."""
+    num_tokens, num_heads, head_dim = qkv.shape
+    num_kv_heads = k_cache.shape[2]
+    q_norm, k_norm = norms if norms is not None else (None, None)
+    norm_rotate_store_kernel[(num_tokens,)](
+        qkv,
+        q_norm.weight if q_norm is not None else qkv,
+        k_norm.weight if k_norm is not None else qkv,
+        *rotary,
+        slot_mapping,
+        k_cache,
+        v_cache,
+        q_norm.eps if q_norm is not None else 0.0,
+        H=num_heads - 2 * num_kv_heads,
+        H_KV=num_kv_heads,
+        D=head_dim,
+        HEADS=triton.next_power_of_2(num_heads),
+        HALF=triton.next_power_of_2(head_dim // 2),
+        HAS_NORM=norms is not None,
+        num_warps=4 if num_heads * head_dim <= 4096 else 8,
+    )
+    return qkv[:, : num_heads - 2 * num_kv_heads]
+
+
+@triton.jit
+def norm_rotate_store_kernel(
+    qkv, q_norm, k_norm, cos_ptr, sin_ptr, slots, k_cache, v_cache, eps,
+    H: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """One program does one token: all heads, each as its two halves, which the rotation turns against each other."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    live = (head < H + 2 * H_KV) & (i < D // 2)
+    at = qkv + token * ((H + 2 * H_KV) * D) + head * D + i
+    first = tl.load(at, mask=live, other=0.0)
+    second = tl.load(at + D // 2, mask=live, other=0.0)
+    x, y = first.to(tl.float32), second.to(tl.float32)
+    if HAS_NORM:
+        scale = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / D + eps)[:, None]
+        is_q, is_k = live & (head < H), live & (head >= H)
+        zero = i + head * 0
+        wx = tl.load(q_norm + zero, mask=is_q, other=0.0) + tl.load(k_norm + zero, mask=is_k, other=0.0)
+        wy = tl.load(q_norm + zero + D // 2, mask=is_q, other=0.0)
+        wy += tl.load(k_norm + zero + D // 2, mask=is_k, other=0.0)
+        x, y = x * scale * wx.to(tl.float32), y * scale * wy.to(tl.float32)
+    column = tl.arange(0, HALF)
+    cos = tl.load(cos_ptr + token * D + column, mask=column < D // 2, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + token * D + D // 2 + column, mask=column < D // 2, other=0.0)[None, :]
+    rotated_x, rotated_y = (x * cos - y * sin).to(first.dtype), (y * cos + x * sin).to(first.dtype)
+    tl.store(at, rotated_x, mask=live & (head < H))
+    tl.store(at + D // 2, rotated_y, mask=live & (head < H))
+    slot = tl.load(slots + token) * H_KV
+    is_k = live & (head >= H) & (head < H + H_KV)
+    k_at = k_cache + (slot + head - H) * D + i
+    tl.store(k_at, rotated_x, mask=is_k)
+    tl.store(k_at + D // 2, rotated_y, mask=is_k)
+    is_v = live & (head >= H + H_KV)
+    v_at = v_cache + (slot + head - H - H_KV) * D + i
+    tl.store(v_at, first, mask=is_v)
+    tl.store(v_at + D // 2, second, mask=is_v)
