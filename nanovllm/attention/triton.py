@@ -41,6 +41,7 @@ class DecodeWorkspace(NamedTuple):
 class TritonAttention(AttentionBackend):
     """Any GQA ratio and block size, head sizes up to 256, bfloat16, float16 and float32."""
 
+    block_size = 64
     capturable = True
 
     def __init__(self, config: ModelConfig, device: torch.device):
@@ -122,7 +123,7 @@ def decode_tiles(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, int
         "N": n,
         "num_warps": 4,
         "num_stages": 2,
-        "programs": 4,
+        "programs": 3,
     }
 
 

@@ -22,16 +22,17 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 class DecodeGraphs:
     """Captured decode steps. They share their memory: what one returns is gone when another is replayed."""
 
-    def __init__(self, decode: Callable[[int], Tensor], sizes: list[int]):
-        """Capture `decode(size)` for each of the ascending sizes; it returns hidden states [size, hidden]."""
+    def __init__(self, start: Callable[[int], Callable[[], Tensor]], sizes: list[int]):
+        """Capture what `start(size)` returns for each of the ascending sizes: it computes hidden states [size, hidden]."""
         self.sizes = sizes
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(sizes):  # the largest first: the others fit into its memory
-            decode(size)  # compiles, loads and allocates what a capture must not
+            decode = start(size)
+            decode()  # compiles, loads and allocates what a capture must not
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                hidden = decode(size)
+                hidden = decode()
             self.graphs[size] = graph, hidden
 
     def size_for(self, num_rows: int) -> int:

@@ -122,7 +122,7 @@ class ModelRunner:
         self.num_blocks = self._choose_num_blocks(config, max_len, sizes)
         self.kv_cache = self._new_kv_cache(self.num_blocks)
         if sizes:
-            self.graphs = DecodeGraphs(self._decode_trash, sizes)
+            self.graphs = DecodeGraphs(self._start_trash_decode, sizes)
 
     @torch.inference_mode()
     def forward(self, step: Step) -> Launched:

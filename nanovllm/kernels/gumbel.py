@@ -7,6 +7,7 @@ from torch import Tensor
 
 BLOCK = 2048
 TARGET_PROGRAMS = 1024  # enough to fill a large GPU a few times over
+MAX_SPLITS = 128  # of a row
 
 
 def gumbel_max(
@@ -18,7 +19,7 @@ def gumbel_max(
     """
     num_rows, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, BLOCK)
-    per_split = triton.cdiv(num_blocks, max(1, min(num_blocks, TARGET_PROGRAMS // num_rows)))
+    per_split = triton.cdiv(num_blocks, max(1, min(MAX_SPLITS, TARGET_PROGRAMS // num_rows)))
     num_splits = triton.cdiv(num_blocks, per_split)
     best = torch.empty(num_rows, num_splits, dtype=torch.int64, device=logits.device)
     token_ids = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
@@ -26,7 +27,7 @@ def gumbel_max(
         logits, logits.stride(0), vocab_size, rows, positions, sampling, best, per_split, BLOCK=BLOCK, num_warps=8
     )
     pick_kernel[(num_rows,)](
-        best, num_splits, rows, last_token, token_ids, SPLITS=triton.next_power_of_2(num_splits), num_warps=1
+        best, num_splits, rows, last_token, token_ids, SPLITS=MAX_SPLITS, num_warps=1
     )
     return token_ids
 
@@ -46,7 +47,7 @@ def mix32(x):
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_split"])  # one compilation for any number of rows
 def gumbel_max_kernel(
     logits, stride, vocab_size, rows, positions, sampling, best, per_split, BLOCK: tl.constexpr
 ):
@@ -80,7 +81,7 @@ def gumbel_max_kernel(
     tl.store(best + s * tl.num_programs(1) + split, tl.max(packed, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def pick_kernel(best, num_splits, rows, last_token, token_ids, SPLITS: tl.constexpr):
     s = tl.program_id(0)
     split = tl.arange(0, SPLITS)
