@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="needs triton")
 
-from nanovllm.attention.backend import AttentionBackend
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.attention.triton import TritonAttention, split_chunks, split_decodes
 from nanovllm.engine.batch import Batch, int32
@@ -31,8 +30,8 @@ def model(num_heads, num_kv_heads, head_dim, dtype):
     return SimpleNamespace(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype)
 
 
-def make_batch(config, device, block_size, context_lens, query_lens=None):
-    """A batch of random block tables, (query, keys and values) for it in float32, and the caches' shape."""
+def make_case(config, device, block_size, context_lens, query_lens=None, has_norm=True):
+    """A batch on random block tables, and for it in float32: qkv, norms, rotary, and caches [2, ...] with a past."""
     generator = torch.Generator().manual_seed(0)
     is_decode = query_lens is None
     lens = int32(context_lens)
@@ -40,15 +39,26 @@ def make_batch(config, device, block_size, context_lens, query_lens=None):
     per_row = -(-int(lens.max()) // block_size)
     num_rows = len(lens) + 2
     tables = torch.randperm(num_rows * per_row, generator=generator).int().view(num_rows, per_row)
-    shape = (num_rows * per_row, block_size, config.num_kv_heads, config.head_dim)
-    q = torch.randn(int(queries.sum()), config.num_heads, config.head_dim, generator=generator)
-    k, v = torch.randn(2, *shape, generator=generator)
     rows = torch.randperm(num_rows, generator=generator)[: len(lens)].int()
+    pairs = list(zip(rows.tolist(), lens.tolist(), queries.tolist()))
+    positions = torch.tensor([p for _, end, n in pairs for p in range(end - n, end)])
+    token_rows = torch.tensor([row for row, _, n in pairs for _ in range(n)])
+    slots = tables[token_rows, positions // block_size] * block_size + positions % block_size
+    num_heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    qkv = torch.randn(len(positions), num_heads + 2 * kv_heads, head_dim, generator=generator)
+    caches = torch.randn(2, num_rows * per_row, block_size, kv_heads, head_dim, generator=generator)
+    norms = None
+    if has_norm:
+        norms = (RMSNorm(head_dim, 1e-6, torch.float32), RMSNorm(head_dim, 1e-6, torch.float32))
+        for norm in norms:
+            norm.weight.normal_(1.0, 0.2, generator=generator)
+            norm.to(device)
+    rotary = RotaryEmbedding(RopeConfig(), head_dim, int(lens.max()))(positions)
     batch = Batch(
         is_decode=is_decode,
-        input_ids=torch.zeros(len(q), dtype=torch.int32, device=device),
-        positions=torch.zeros(0),
-        slot_mapping=torch.zeros(0),
+        input_ids=torch.zeros(len(positions), dtype=torch.int32, device=device),
+        positions=positions.int().to(device),
+        slot_mapping=slots.long().to(device),
         rows=rows.to(device),
         context_lens=torch.from_numpy(lens).to(device),
         block_tables=tables.to(device),
@@ -57,22 +67,27 @@ def make_batch(config, device, block_size, context_lens, query_lens=None):
         cpu_context_lens=lens,
         plan=[],
     )
-    return batch, [x.to(device, config.dtype) for x in (q, k, v)]
+    return batch, qkv.to(device), norms, tuple(x.to(device) for x in rotary), caches.to(device)
 
 
-def attend(backend, batch, tensors):
+def forward(backend, dtype, batch, qkv, norms, rotary, caches):
+    """Attention in `dtype`, and the caches that it leaves."""
     plan = backend.plan(batch.is_decode, batch.query_lens, batch.cpu_context_lens)
     batch.plan = [torch.from_numpy(array).to(batch.rows.device) for array in plan]
     batch.attention = backend.prepare(batch)
-    return backend.attend(*tensors, batch)
+    if norms is not None and dtype != torch.float32:
+        norms = tuple(SimpleNamespace(weight=norm.weight.to(dtype), eps=norm.eps) for norm in norms)
+    caches = caches.to(dtype, copy=True)
+    return backend.forward(qkv.to(dtype, copy=True), norms, rotary, *caches, batch), caches
 
 
-def assert_attention_is_the_references(config, device, block_size, context_lens, query_lens=None):
-    batch, tensors = make_batch(config, device, block_size, context_lens, query_lens)
-    out = attend(TritonAttention(config, torch.device(device)), batch, tensors)
-    expected = attend(ReferenceAttention(), batch, [x.float() for x in tensors])
+def assert_attention_is_the_references(config, device, *case, **options):
+    case = make_case(config, device, *case, **options)
+    ours = forward(TritonAttention(config, torch.device(device)), config.dtype, *case)
+    expected = forward(ReferenceAttention(), torch.float32, *case)
     tolerance = TOLERANCES[config.dtype]
-    torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
+    for tensor, reference in zip(ours, expected):
+        torch.testing.assert_close(tensor.float(), reference, atol=tolerance, rtol=tolerance)
 
 
 CONTEXTS = [1, 300, 17, 64, 129, 5]
@@ -106,14 +121,21 @@ def test_uneven_contexts_and_rows_cut_into_many_parts(context_lens, device):
     assert_attention_is_the_references(model(2, 1, 64, torch.float32), device, 16, context_lens)
 
 
+@pytest.mark.parametrize("query_lens", [None, [1, 9, 1, 64, 3, 5]], ids=["decode", "prefill"])
+def test_models_without_qk_norm(query_lens, device):
+    config = model(4, 2, 64, torch.float32)
+    assert_attention_is_the_references(config, device, 16, CONTEXTS, query_lens, has_norm=False)
+
+
 def test_a_layer_leaves_the_workspace_as_it_found_it(device):
     """Every layer of a step uses the same arrival counters: each must find zeros."""
     config = model(4, 2, 64, torch.float32)
-    batch, tensors = make_batch(config, device, 16, CONTEXTS)
+    batch, qkv, norms, rotary, caches = make_case(config, device, 16, CONTEXTS)
     backend = TritonAttention(config, torch.device(device))
-    first = attend(backend, batch, tensors)
-    torch.testing.assert_close(backend.attend(*tensors, batch), first, atol=0, rtol=0)
+    first, caches = forward(backend, torch.float32, batch, qkv, norms, rotary, caches)
     assert not batch.attention.arrivals.any()
+    again = backend.forward(qkv, norms, rotary, *caches, batch)
+    torch.testing.assert_close(again, first, atol=0, rtol=0)
 
 
 @settings(max_examples=200, deadline=None)
@@ -157,33 +179,6 @@ def test_prefill_tiles_cover_every_token_once(chunks, tile):
     ]
     assert all(count <= tile for _, _, count, _ in tiles.tolist())
     assert sorted(seen) == [(i, t, t) for i, n in enumerate(query_lens) for t in range(n)]
-
-
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 64), (3, 1, 80), (16, 8, 128)])
-@pytest.mark.parametrize("has_norm", [True, False])
-@pytest.mark.parametrize("precision", ["float32", "half"])
-def test_norm_rotate_store(num_heads, num_kv_heads, head_dim, has_norm, precision, device):
-    dtype = torch.float32 if precision == "float32" else HALF[device]
-    torch.manual_seed(0)
-    num_tokens = 5
-    config = model(num_heads, num_kv_heads, head_dim, dtype)
-    norms = None
-    if has_norm:
-        norms = tuple(RMSNorm(head_dim, 1e-6, torch.float32).to(device) for _ in range(2))
-        for norm in norms:
-            norm.weight.normal_(1.0, 0.2)
-    qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, device=device)
-    rotary = RotaryEmbedding(RopeConfig(), head_dim, 128).to(device)(torch.tensor([3, 0, 99, 7, 50], device=device))
-    batch = SimpleNamespace(slot_mapping=torch.tensor([5, 0, 31, 16, 9], device=device))
-    results = []
-    for backend, to in ((AttentionBackend(), torch.float32), (TritonAttention(config, torch.device(device)), dtype)):
-        caches = torch.zeros(2, 2, 16, num_kv_heads, head_dim, dtype=to, device=device)
-        cast = norms and tuple(SimpleNamespace(weight=norm.weight.to(to), eps=norm.eps) for norm in norms)
-        if to == torch.float32:
-            cast = norms
-        results.append((backend.store(qkv.to(to, copy=True), cast, rotary, *caches, batch), *caches))
-    for ours, expected in zip(results[1], results[0]):
-        torch.testing.assert_close(ours.float(), expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

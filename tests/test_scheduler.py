@@ -18,6 +18,12 @@ def next_token(token_ids):
     return random.Random(str(token_ids)).randrange(23)
 
 
+def scheduled(step):
+    """(sequence, start, number of tokens, is it a decode row, is it sampled) in the order of the launch."""
+    decodes = [(s, end - 1, 1, True, True) for s, end in zip(step.decodes, step.context_lens)]
+    return decodes + [(c.seq, c.start, c.num_tokens, False, c.is_sampled) for c in step.chunks]
+
+
 class FakeDevice:
     """Runs steps in launch order and sees only what the real one would: rows, tables, slots, sent tokens."""
 
@@ -33,12 +39,12 @@ class FakeDevice:
     def forward(self, step):
         for row, index, block in step.block_updates:
             self.tables[row, index] = block
-        for seq, start, num_tokens, is_decode, _ in step.scheduled:
+        for seq, start, num_tokens, is_decode, _ in scheduled(step):
             for position in range(start, start + num_tokens):
                 token = self.last_token[seq.row] if is_decode else seq.token_ids[position]
                 self.slots[self.slot(seq.row, position)] = (position, token)
         contexts = []
-        for seq, start, num_tokens, _, is_sampled in step.scheduled:
+        for seq, start, num_tokens, _, is_sampled in scheduled(step):
             entries = [self.slots[self.slot(seq.row, p)] for p in range(start + num_tokens)]
             assert [p for p, _ in entries] == list(range(start + num_tokens)), (
                 "a slot holds another position's KV"
@@ -49,7 +55,7 @@ class FakeDevice:
 
     def sample(self, step, contexts):
         drawn = []
-        for seq, context in zip([s.seq for s in step.scheduled if s.is_sampled], contexts):
+        for seq, context in zip(step.sampled, contexts):
             if not seq.is_finished:
                 assert context == seq.token_ids, "the history is known, and the KV is this sequence's"
                 self.last_token[seq.row] = next_token(context)
@@ -82,8 +88,6 @@ def run(sequences, scheduler, overlapped, aborts=()):
         assert step or in_flight, "stuck"
         if step:
             assert step.num_decode_tokens + step.num_prefill_tokens <= budget
-            decodes = [s.is_decode for s in step.scheduled]
-            assert decodes == sorted(decodes, reverse=True), "decode rows come first"
         contexts = device.forward(step) if step else []
         check_invariants(scheduler)
         scheduler.commit(in_flight)

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from nanovllm.engine.scheduler import ScheduledSequence
+from nanovllm.engine.scheduler import ScheduledChunk
+from nanovllm.engine.sequence import Sequence
 
 if TYPE_CHECKING:
     from nanovllm.attention import AttentionBackend
@@ -94,11 +95,12 @@ class HostBatch(NamedTuple):
         rows, context_lens = views[:2]
         if self.is_decode:
             plan, token_rows = views[2:], rows
-            input_ids, positions = tables.last_token[rows], context_lens - 1
+            input_ids, positions = tables.last_token.index_select(0, rows), context_lens - 1
         else:
             plan = views[2:-3]
             input_ids, positions, token_rows = views[-3:]
-        blocks = tables.block_tables[token_rows, positions // block_size]
+        places = token_rows * tables.block_tables.shape[1] + positions // block_size
+        blocks = tables.block_tables.view(-1).index_select(0, places)
         return Batch(
             is_decode=self.is_decode,
             input_ids=input_ids,
@@ -114,23 +116,24 @@ class HostBatch(NamedTuple):
         )
 
 
-def pack_decodes(scheduled: list[ScheduledSequence], size: int, backend: "AttentionBackend") -> HostBatch:
+def pack_decodes(
+    sequences: list[Sequence], context_lens: list[int], size: int, backend: "AttentionBackend"
+) -> HostBatch:
     """Decode rows, filled up to `size` with rows of the trash sequence, whose one token is in block 0."""
-    rows = np.zeros(size, np.int32)
-    context_lens = np.ones(size, np.int32)
-    rows[: len(scheduled)] = [s.seq.row for s in scheduled]
-    context_lens[: len(scheduled)] = [s.start + 1 for s in scheduled]
+    num_padding = size - len(sequences)
+    rows = int32([seq.row for seq in sequences] + [0] * num_padding)
+    lens = int32(context_lens + [1] * num_padding)
     query_lens = np.ones(size, np.int32)
-    plan = backend.plan(True, query_lens, context_lens)
-    return HostBatch(True, query_lens, context_lens, [rows, context_lens, *plan])
+    plan = backend.plan(True, query_lens, lens)
+    return HostBatch(True, query_lens, lens, [rows, lens, *plan])
 
 
-def pack_chunks(scheduled: list[ScheduledSequence], num_padding: int, backend: "AttentionBackend") -> HostBatch:
+def pack_chunks(chunks: list[ScheduledChunk], num_padding: int, backend: "AttentionBackend") -> HostBatch:
     """Chunks of prompts, and where there is padding a chunk of the trash sequence at the end."""
-    rows = [s.seq.row for s in scheduled]
-    starts = [s.start for s in scheduled]
-    lens = [s.num_tokens for s in scheduled]
-    input_ids = [t for seq, start, n, _, _ in scheduled for t in seq.token_ids[start : start + n]]
+    rows = [chunk.seq.row for chunk in chunks]
+    starts = [chunk.start for chunk in chunks]
+    lens = [chunk.num_tokens for chunk in chunks]
+    input_ids = [t for seq, start, n, _ in chunks for t in seq.token_ids[start : start + n]]
     if num_padding:
         rows, starts, lens = [*rows, 0], [*starts, 0], [*lens, num_padding]
         input_ids += [0] * num_padding

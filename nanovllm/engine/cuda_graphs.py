@@ -8,15 +8,14 @@ from torch import Tensor
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Numbers of rows to capture, ascending: close together where a row costs most, an eighth apart from 64 on.
+    """Numbers of rows to capture, ascending and at most an eighth apart from 16 on.
 
     There is none of one row: torch.compile would make a variant of every layer for it.
     """
-    sizes = [2, 4]
+    sizes = [2, 4, 8]
     while sizes[-1] < max_num_seqs:
-        size = sizes[-1]
-        sizes.append(size + max(4 if size < 16 else 8, size // 64 * 8))
-    return [size for size in sizes[:-1] if size < max_num_seqs] + [max(2, max_num_seqs)]
+        sizes.append(sizes[-1] + max(8, 2 ** (sizes[-1].bit_length() - 4)))
+    return [size for size in sizes if size < max_num_seqs] + [max(2, max_num_seqs)]
 
 
 class DecodeGraphs:

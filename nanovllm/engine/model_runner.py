@@ -29,7 +29,7 @@ from nanovllm.engine.batch import (
 )
 from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
 from nanovllm.engine.memory import GIB, available_host_memory, cuda_pool_bytes
-from nanovllm.engine.scheduler import ScheduledSequence, Step
+from nanovllm.engine.scheduler import ScheduledChunk, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.sampler import SamplingBatch, ban, logprobs, pack_sampling, sample
@@ -129,20 +129,23 @@ class ModelRunner:
         """Launch a step up to its logits; return at once. Decode rows are a batch, and replayed; chunks are another."""
         num_decodes = len(step.decodes)
         size = self.graphs.size_for(num_decodes) if self.graphs else num_decodes
-        decodes = pack_decodes(step.decodes, size, self.backend) if num_decodes else None
-        chunks = None
+        decodes = chunks = None
+        if step.decodes:
+            decodes = pack_decodes(step.decodes, step.context_lens, size, self.backend)
         if step.chunks:
             num_padding = -step.num_prefill_tokens % TOKEN_MULTIPLE if self.compiles else 0
             chunks = pack_chunks(step.chunks, num_padding, self.backend)
-        sampled = [s for s in step.scheduled if s.is_sampled]
-        chunk_ends = accumulate(s.num_tokens for s in step.chunks)
-        last_tokens = [i - 1 for i, s in zip(chunk_ends, step.chunks, strict=True) if s.is_sampled]
-        decode_views, update_views, chunk_views, (rows, positions, d_last_tokens) = self.staging.upload(
+        ends = list(accumulate(chunk.num_tokens for chunk in step.chunks))
+        last_tokens = [end - 1 for end, chunk in zip(ends, step.chunks, strict=True) if chunk.is_sampled]
+        sampled = step.sampled
+        positions = step.context_lens + [len(seq.token_ids) for seq in sampled[num_decodes:]]
+        decode_views, update_views, chunk_views, sampled_views = self.staging.upload(
             decodes.arrays if decodes else [],  # first: where the graphs read them
             self._pack_updates(step),
             chunks.arrays if chunks else [],
-            [int32([s.seq.row for s in sampled]), int32([s.start + s.num_tokens for s in sampled]), int32(last_tokens)],
+            [int32([seq.row for seq in sampled]), int32(positions), int32(last_tokens)],
         )
+        d_rows, d_positions, d_last_tokens = sampled_views
         self._apply_updates(update_views)
         hidden = []
         if decodes and self.graphs:
@@ -152,7 +155,7 @@ class ModelRunner:
         if chunks:
             hidden.append(self._compute(chunks, chunk_views)[d_last_tokens])
         logits = self.model.logits(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
-        return Launched([s.seq for s in sampled], logits, rows, positions)
+        return Launched(sampled, logits, d_rows, d_positions)
 
     @torch.inference_mode()
     def sample(self, launched: Launched) -> SampledTokens:
@@ -164,10 +167,11 @@ class ModelRunner:
         if not sequences:
             return SampledTokens([], torch.empty(0, dtype=torch.int64), (), None)
         raw_logits = logits
-        banned = [(i, token_id) for i, seq in enumerate(sequences) for token_id in seq.banned_token_ids]
+        special = [(i, seq) for i, seq in enumerate(sequences) if not seq.is_plain]
+        banned = [(i, token_id) for i, seq in special for token_id in seq.banned_token_ids]
         if banned:
             logits = ban(logits, upload(torch.tensor(banned).t(), self.device))
-        is_truncated = any(seq.params.is_truncated for seq in sequences)
+        is_truncated = any(seq.params.is_truncated for _, seq in special)
         if logits.is_cuda and not is_truncated:
             from nanovllm.kernels.gumbel import gumbel_max
 
@@ -177,7 +181,7 @@ class ModelRunner:
             packed = self.tables.sampling[rows]
             token_ids = sample(logits, SamplingBatch.unpack(packed, positions, is_random, is_truncated))
             self.tables.last_token[rows] = token_ids.int()
-        asked = self._logprobs(sequences, raw_logits, token_ids)
+        asked = self._logprobs(special, raw_logits, token_ids)
         token_ids = token_ids.to("cpu", non_blocking=True)
         asked = tuple(tensor.to("cpu", non_blocking=True) for tensor in asked)
         copied = None
@@ -199,7 +203,7 @@ class ModelRunner:
 
     def _start_trash_decode(self, size: int) -> Callable[[], Tensor]:
         """Send a decode step of trash rows to where every decode step's arrays are; returns what computes it."""
-        host = pack_decodes([], size, self.backend)
+        host = pack_decodes([], [], size, self.backend)
         (views,) = self.staging.upload(host.arrays)
         return torch.inference_mode()(lambda: self._compute(host, views))
 
@@ -221,9 +225,11 @@ class ModelRunner:
         if len(rows):
             self.tables.sampling[rows] = sampling
 
-    def _logprobs(self, sequences: list[Sequence], logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
+    def _logprobs(
+        self, special: list[tuple[int, Sequence]], logits: Tensor, token_ids: Tensor
+    ) -> tuple[Tensor, ...]:
         """Of the sequences that ask for them, as many as any of them asks for."""
-        asking = [(i, s.params.logprobs) for i, s in enumerate(sequences) if s.params.logprobs is not None]
+        asking = [(i, seq.params.logprobs) for i, seq in special if seq.params.logprobs is not None]
         if not asking:
             return ()
         num_top = max(self.model_config.vocab_size if n == -1 else n for _, n in asking)
@@ -314,18 +320,17 @@ class ModelRunner:
 
     def _run_largest_steps(self, config: Config, max_len: int) -> None:
         """Run the steps that take the most memory, on row 0 and block 0: longest prompts, then most sequences."""
-        params = SamplingParams(top_p=0.9, logprobs=0)
         budget = config.max_num_batched_tokens
-        prompts = Step()
-        while budget and len(prompts.chunks) < config.max_num_seqs:
-            num_tokens = min(budget, max_len)
-            seq = Sequence(0, [0] * num_tokens, params, seed=0, max_tokens=1)
-            prompts.chunks.append(ScheduledSequence(seq, 0, num_tokens, is_decode=False, is_sampled=True))
-            budget -= num_tokens
-        decodes = Step()
-        for _ in range(min(config.max_num_seqs, config.max_num_batched_tokens)):
-            seq = Sequence(0, [0], params, seed=0, max_tokens=1)
-            decodes.decodes.append(ScheduledSequence(seq, max_len - 1, 1, is_decode=True, is_sampled=True))
-        for step in (prompts, decodes):
-            self.sample(self.forward(step))
+        for params in (SamplingParams(), SamplingParams(top_p=0.9, logprobs=0)):
+            prompts, decodes = Step(), Step()
+            num_tokens = budget
+            while num_tokens and len(prompts.chunks) < config.max_num_seqs:
+                seq = Sequence(0, [0] * min(num_tokens, max_len), params, seed=0, max_tokens=1)
+                prompts.chunks.append(ScheduledChunk(seq, 0, len(seq.token_ids), is_sampled=True))
+                num_tokens -= len(seq.token_ids)
+            for _ in range(min(config.max_num_seqs, budget)):
+                decodes.decodes.append(Sequence(0, [0], params, seed=0, max_tokens=1))
+                decodes.context_lens.append(max_len)
+            for step in (prompts, decodes):
+                self.sample(self.forward(step))
         self.synchronize()

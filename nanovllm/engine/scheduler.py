@@ -15,33 +15,34 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import Logprob
 
 
-class ScheduledSequence(NamedTuple):
-    """The tokens of one sequence that a step computes: positions start … start+num_tokens-1."""
+class ScheduledChunk(NamedTuple):
+    """Tokens of a prompt that a step computes: positions start … start+num_tokens-1."""
 
     seq: Sequence
     start: int
     num_tokens: int
-    is_decode: bool  # its one token is the last one sampled for its row, which the device has
     is_sampled: bool  # it reaches the sequence's end, so that a new token is drawn
 
 
 @dataclass
 class Step:
-    """What one launch computes: the last tokens of running sequences, then chunks of prompts.
+    """What one launch computes: the last tokens of running sequences, which the device has, and chunks of prompts.
 
     Beside them, what the device must learn: the sequences new to their rows, and the block-table entries new to it.
     """
 
-    decodes: list[ScheduledSequence] = field(default_factory=list)
-    chunks: list[ScheduledSequence] = field(default_factory=list)
+    decodes: list[Sequence] = field(default_factory=list)
+    context_lens: list[int] = field(default_factory=list)  # of the decodes, this step's token included
+    chunks: list[ScheduledChunk] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     block_updates: list[tuple[int, int, int]] = field(
         default_factory=list
     )  # (row, index in its table, block)
 
     @property
-    def scheduled(self) -> list[ScheduledSequence]:
-        return self.decodes + self.chunks
+    def sampled(self) -> list[Sequence]:
+        """The sequences for which a token is drawn, in the order of their logits."""
+        return self.decodes + [chunk.seq for chunk in self.chunks if chunk.is_sampled]
 
     @property
     def num_decode_tokens(self) -> int:
@@ -49,7 +50,7 @@ class Step:
 
     @property
     def num_prefill_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.chunks)
+        return sum(chunk.num_tokens for chunk in self.chunks)
 
 
 class Scheduler:
@@ -95,41 +96,54 @@ class Scheduler:
         A sequence that was finished before (aborted) is passed over.
         """
         finished: list[Sequence] = []
+        block_size = self.block_manager.block_size
         for seq, token_id, candidates in sampled:
             if seq.is_finished:
                 continue
             seq.append(token_id, candidates)
+            if seq.row and seq.num_computed_tokens >= (len(seq.prefix_ids) + 1) * block_size:
+                self.block_manager.register(seq)
             if seq.is_finished:
                 finished.append(seq)
                 if seq.row:
                     self._leave_row(seq)
                 else:  # preempted while this token was on its way
                     self.waiting.remove(seq)
-            elif seq.row:
-                self.block_manager.register(seq)
         return finished
 
     def _schedule_running(self, step: Step, budget: int) -> tuple[int, bool]:
         """Plan for the running sequences, oldest first, preempting the newest ones where blocks run out."""
-        preempted = False
-        i = 0
-        while i < len(self.running) and budget:
-            seq = self.running[i]
-            num_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
+        num_preemptions = self.num_preemptions
+        block_size = self.block_manager.block_size
+        for seq in self.running[:]:
+            if not budget or not seq.row:  # it was preempted for an older one, as are all that follow
+                break
+            num_tokens = min(len(seq.token_ids) + seq.num_pending - seq.num_computed_tokens, budget)
             if num_tokens == 0 or (seq.num_pending and seq.reaches_length):
-                i += 1
                 continue
-            num_known_blocks = len(seq.block_table)
-            while not self.block_manager.extend(seq, seq.num_computed_tokens + num_tokens):
-                preempted = True
-                victim = self.running[-1]
-                self._preempt(victim)
-                if victim is seq:
-                    return budget, preempted
-            self._plan(step, seq, num_tokens, num_known_blocks)
+            end = seq.num_computed_tokens + num_tokens
+            if end > len(seq.block_table) * block_size and not self._extend(step, seq, end):
+                break
+            if seq.num_computed_tokens >= seq.num_prefill_tokens:
+                step.decodes.append(seq)
+                step.context_lens.append(end)
+                seq.num_computed_tokens = end
+                seq.num_pending += 1
+            else:
+                self._plan_chunk(step, seq, num_tokens)
             budget -= num_tokens
-            i += 1
-        return budget, preempted
+        return budget, self.num_preemptions > num_preemptions
+
+    def _extend(self, step: Step, seq: Sequence, num_tokens: int) -> bool:
+        """Give `seq` room for its tokens, at the expense of newer ones; False if it is the newest, and preempted."""
+        num_known = len(seq.block_table)
+        while not self.block_manager.extend(seq, num_tokens):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        step.block_updates += [(seq.row, i, seq.block_table[i]) for i in range(num_known, len(seq.block_table))]
+        return True
 
     def _admits(self) -> bool:
         """Admit in bunches: a step that mixes a few prompts with many decode rows is the slowest kind."""
@@ -162,19 +176,15 @@ class Scheduler:
             self.running.append(seq)
             extended = manager.extend(seq, num_cached + num_tokens)
             assert extended, "the pool holds less than one sequence"
-            self._plan(step, seq, num_tokens, num_known_blocks=0)
+            step.block_updates += [(seq.row, i, block) for i, block in enumerate(seq.block_table)]
+            self._plan_chunk(step, seq, num_tokens)
             budget -= num_tokens
 
-    def _plan(self, step: Step, seq: Sequence, num_tokens: int, num_known_blocks: int) -> None:
-        for i in range(num_known_blocks, len(seq.block_table)):
-            step.block_updates.append((seq.row, i, seq.block_table[i]))
+    def _plan_chunk(self, step: Step, seq: Sequence, num_tokens: int) -> None:
         start = seq.num_computed_tokens
         seq.num_computed_tokens += num_tokens
         is_sampled = seq.num_computed_tokens == seq.num_tokens
-        is_decode = start >= seq.num_prefill_tokens
-        (step.decodes if is_decode else step.chunks).append(
-            ScheduledSequence(seq, start, num_tokens, is_decode, is_sampled)
-        )
+        step.chunks.append(ScheduledChunk(seq, start, num_tokens, is_sampled))
         self.block_manager.register(seq)
         seq.num_pending += is_sampled
 

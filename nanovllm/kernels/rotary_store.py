@@ -29,6 +29,7 @@ def norm_rotate_store(
         slot_mapping,
         k_cache,
         v_cache,
+        rotary[0].stride(0),
         q_norm.eps if q_norm is not None else 0.0,
         H=num_heads - 2 * num_kv_heads,
         H_KV=num_kv_heads,
@@ -43,7 +44,7 @@ def norm_rotate_store(
 
 @triton.jit
 def norm_rotate_store_kernel(
-    qkv, q_norm, k_norm, cos_ptr, sin_ptr, slots, k_cache, v_cache, eps,
+    qkv, q_norm, k_norm, cos_ptr, sin_ptr, slots, k_cache, v_cache, cos_stride, eps,
     H: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):  # fmt: skip
@@ -65,8 +66,8 @@ def norm_rotate_store_kernel(
         wy += tl.load(k_norm + zero + D // 2, mask=is_k, other=0.0)
         x, y = x * scale * wx.to(tl.float32), y * scale * wy.to(tl.float32)
     column = tl.arange(0, HALF)
-    cos = tl.load(cos_ptr + token * D + column, mask=column < D // 2, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + token * D + D // 2 + column, mask=column < D // 2, other=0.0)[None, :]
+    cos = tl.load(cos_ptr + token * cos_stride + column, mask=column < D // 2, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + token * cos_stride + D // 2 + column, mask=column < D // 2, other=0.0)[None, :]
     rotated_x, rotated_y = (x * cos - y * sin).to(first.dtype), (y * cos + x * sin).to(first.dtype)
     tl.store(at, rotated_x, mask=live & (head < H))
     tl.store(at + D // 2, rotated_y, mask=live & (head < H))

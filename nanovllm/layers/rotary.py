@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.config import RopeConfig
@@ -53,21 +54,22 @@ def _yarn(inv_freq: Tensor, rope: RopeConfig, head_dim: int) -> tuple[Tensor, fl
 
 
 class RotaryEmbedding(nn.Module):
-    """A table of cos and sin for positions 0 … max_len-1, float32; rotation is done in float32 too."""
+    """A table of cosines and sines for positions 0 … max_len-1, float32; rotation is done in float32 too."""
 
-    cos_sin: Tensor  # [max_len, head_dim]
+    table: Tensor  # [max_len, 2 head_dim]: cos, cos, -sin, sin
 
     def __init__(self, rope: RopeConfig, head_dim: int, max_len: int):
         super().__init__()
         with torch.device("cpu"):  # one table for every device
             inv_freq, factor = inverse_frequencies(rope, head_dim)
             angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq)
-            table = torch.cat((angles.cos(), angles.sin()), dim=-1) * factor
-        self.register_buffer("cos_sin", table.to(torch.get_default_device()), persistent=False)
+            cos, sin = angles.cos() * factor, angles.sin() * factor
+            table = torch.cat((cos, cos, -sin, sin), dim=-1)
+        self.register_buffer("table", table.to(torch.get_default_device()), persistent=False)
 
     def forward(self, positions: Tensor) -> Rotary:
-        cos, sin = self.cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # [T, 1, head_dim] each
+        cos, sin = F.embedding(positions, self.table).unsqueeze(1).chunk(2, dim=-1)
+        return cos, sin
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -45,8 +45,7 @@ class Attention(nn.Module):
         self, qkv: Tensor, rotary: Rotary, k_cache: Tensor, v_cache: Tensor, batch: Batch
     ) -> Tensor:
         norms = None if self.q_norm is None else (self.q_norm, self.k_norm)
-        q = self.backend.store(qkv, norms, rotary, k_cache, v_cache, batch)
-        return self.backend.attend(q, k_cache, v_cache, batch)
+        return self.backend.forward(qkv, norms, rotary, k_cache, v_cache, batch)
 
 
 class MLP(nn.Module):
