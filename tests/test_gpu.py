@@ -28,7 +28,7 @@ def gpu_llm(folder, **options):
 
 
 def pool_bytes(llm):
-    return sum(k.nbytes + v.nbytes for k, v in llm.engine.runner.kv_cache)
+    return sum(cache.k.nbytes + cache.v.nbytes for cache in llm.engine.runner.kv_cache)
 
 
 def test_the_tokens_are_the_cpus(tiny_model):

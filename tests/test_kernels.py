@@ -71,14 +71,15 @@ def make_case(config, device, block_size, context_lens, query_lens=None, has_nor
 
 
 def forward(backend, dtype, batch, qkv, norms, rotary, caches):
-    """Attention in `dtype`, and the caches that it leaves."""
+    """Attention in `dtype`, the queries that it is of, and the caches that it leaves."""
     plan = backend.plan(batch.is_decode, batch.query_lens, batch.cpu_context_lens)
     batch.plan = [torch.from_numpy(array).to(batch.rows.device) for array in plan]
     batch.attention = backend.prepare(batch)
     if norms is not None and dtype != torch.float32:
         norms = tuple(SimpleNamespace(weight=norm.weight.to(dtype), eps=norm.eps) for norm in norms)
     caches = caches.to(dtype, copy=True)
-    return backend.forward(qkv.to(dtype, copy=True), norms, rotary, *caches, batch), caches
+    q = backend.store(qkv.to(dtype, copy=True), norms, rotary, *caches, batch)
+    return backend.attend(q, *caches, batch), q, caches
 
 
 def assert_attention_is_the_references(config, device, *case, **options):
@@ -132,9 +133,9 @@ def test_a_layer_leaves_the_workspace_as_it_found_it(device):
     config = model(4, 2, 64, torch.float32)
     batch, qkv, norms, rotary, caches = make_case(config, device, 16, CONTEXTS)
     backend = TritonAttention(config, torch.device(device))
-    first, caches = forward(backend, torch.float32, batch, qkv, norms, rotary, caches)
+    first, q, caches = forward(backend, torch.float32, batch, qkv, norms, rotary, caches)
     assert not batch.attention.arrivals.any()
-    again = backend.forward(qkv, norms, rotary, *caches, batch)
+    again = backend.attend(q, *caches, batch)
     torch.testing.assert_close(again, first, atol=0, rtol=0)
 
 

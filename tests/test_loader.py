@@ -223,7 +223,7 @@ def test_weights_and_kv_cache_have_the_checkpoints_dtype_or_the_one_that_is_aske
     runner = llm.engine.runner
     assert runner is not None
     assert {parameter.dtype for parameter in runner.model.parameters()} == {expected}
-    assert {tensor.dtype for pair in runner.kv_cache for tensor in pair} == {expected}
+    assert {tensor.dtype for cache in runner.kv_cache for tensor in (cache.k, cache.v)} == {expected}
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

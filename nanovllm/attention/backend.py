@@ -33,22 +33,6 @@ class AttentionBackend:
     def prepare(self, batch: Batch) -> Any:
         """What the layers of this step share; they find it as `batch.attention`. Must not synchronise."""
 
-    def forward(
-        self,
-        qkv: Tensor,
-        norms: tuple[RMSNorm, RMSNorm] | None,
-        rotary: Rotary,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: Batch,
-    ) -> Tensor:
-        """Attention of a layer, from qkv [T, H + 2 H_kv, D], which it may overwrite, to [T, H, D].
-
-        `norms` are those of q and k, `rotary` belongs to the tokens' positions.
-        """
-        q = self.store(qkv, norms, rotary, k_cache, v_cache, batch)
-        return self.attend(q, k_cache, v_cache, batch)
-
     def store(
         self,
         qkv: Tensor,
@@ -59,7 +43,8 @@ class AttentionBackend:
         batch: Batch,
     ) -> Tensor:
         """Normalise and rotate q and k, and write k and v to their slots in the caches [blocks, block_size, H_kv, D];
-        returns q [T, H, D]."""
+        returns q [T, H, D]. May overwrite qkv [T, H + 2 H_kv, D]. `norms` are those of q and k, and `rotary` is for the
+        tokens' positions."""
         num_kv_heads = k_cache.shape[2]
         q, k, v = qkv.split([qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
         if norms is not None:

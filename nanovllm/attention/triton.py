@@ -73,29 +73,6 @@ class TritonAttention(AttentionBackend):
             torch.zeros(len(batch.rows), self.num_kv_heads, dtype=torch.int32, device=device),
         )
 
-    def forward(
-        self,
-        qkv: Tensor,
-        norms: tuple[RMSNorm, RMSNorm] | None,
-        rotary: Rotary,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: Batch,
-    ) -> Tensor:
-        """Decode rows are normalised, rotated, stored and attended to in one kernel."""
-        if not batch.is_decode:
-            return super().forward(qkv, norms, rotary, k_cache, v_cache, batch)
-        num_rows, num_heads = len(qkv), self.num_kv_heads * self.group
-        out = torch.empty(num_rows, num_heads, self.head_dim, dtype=qkv.dtype, device=qkv.device)
-        q_norm, k_norm, eps = (norms[0].weight, norms[1].weight, norms[0].eps) if norms else (qkv, qkv, 0.0)
-        decode_kernel[(self.num_lists * self.num_kv_heads,)](
-            qkv, q_norm, k_norm, *rotary, k_cache, v_cache, out, *batch.attention,
-            batch.rows, batch.context_lens, batch.block_tables, *batch.plan,
-            self.scale, eps, batch.block_tables.stride(0), rotary[0].stride(0),
-            **self._shape(k_cache), **self.decode_tiles, HAS_NORM=norms is not None,
-        )  # fmt: skip
-        return out
-
     def store(
         self,
         qkv: Tensor,
@@ -109,12 +86,18 @@ class TritonAttention(AttentionBackend):
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        (tiles,) = batch.plan
-        prefill_kernel[(len(tiles), self.num_kv_heads)](
-            q, k_cache, v_cache, out, batch.rows, batch.block_tables, tiles,
-            self.scale, q.stride(0), batch.block_tables.stride(0),
-            **self._shape(k_cache), **self.prefill_tiles,
-        )  # fmt: skip
+        tables = batch.block_tables
+        if batch.is_decode:
+            decode_kernel[(self.num_lists * self.num_kv_heads,)](
+                q, k_cache, v_cache, out, *batch.attention, batch.rows, tables, *batch.plan,
+                self.scale, q.stride(0), tables.stride(0), **self._shape(k_cache), **self.decode_tiles,
+            )  # fmt: skip
+        else:
+            (tiles,) = batch.plan
+            prefill_kernel[(len(tiles), self.num_kv_heads)](
+                q, k_cache, v_cache, out, batch.rows, tables, tiles,
+                self.scale, q.stride(0), tables.stride(0), **self._shape(k_cache), **self.prefill_tiles,
+            )  # fmt: skip
         return out
 
     def _shape(self, k_cache: Tensor) -> dict[str, Any]:

@@ -25,6 +25,15 @@ class DeviceTables(NamedTuple):
     sampling: Tensor  # [rows, 6] int32, see `pack_sampling`
 
 
+@dataclass(eq=False)
+class KVCache:
+    """A layer's keys and values, [blocks, block_size, H_kv, D] both. An object that a compiler does not look into:
+    it would compile the layer anew for another number of blocks."""
+
+    k: Tensor
+    v: Tensor
+
+
 class Staging:
     """The way to the device: arrays are packed into pinned memory and sent in one copy, which nobody waits for.
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm import attention
@@ -21,6 +22,7 @@ from nanovllm.engine.batch import (
     INT,
     DeviceTables,
     HostBatch,
+    KVCache,
     Staging,
     int32,
     pack_chunks,
@@ -123,6 +125,9 @@ class ModelRunner:
         self.kv_cache = self._new_kv_cache(self.num_blocks)
         if sizes:
             self.graphs = DecodeGraphs(self._start_trash_decode, sizes)
+            for size in sizes:
+                self._logits(self.graphs.replay(size))
+            self.synchronize()
 
     @torch.inference_mode()
     def forward(self, step: Step) -> Launched:
@@ -148,14 +153,13 @@ class ModelRunner:
         d_rows, d_positions, d_last_tokens = sampled_views
         self._apply_updates(update_views)
         hidden = []
-        if decodes and self.graphs:
-            hidden.append(self.graphs.replay(size)[:num_decodes])
-        elif decodes:
-            hidden.append(self._compute(decodes, decode_views))
+        if decodes:
+            replayed = self.graphs.replay(size) if self.graphs else self._compute(decodes, decode_views)
+            hidden.append(replayed[:num_decodes] if chunks else replayed)
         if chunks:
             hidden.append(self._compute(chunks, chunk_views)[d_last_tokens])
-        logits = self.model.logits(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
-        return Launched(sampled, logits, d_rows, d_positions)
+        logits = self._logits(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+        return Launched(sampled, logits[: len(sampled)], d_rows, d_positions)
 
     @torch.inference_mode()
     def sample(self, launched: Launched) -> SampledTokens:
@@ -201,6 +205,13 @@ class ModelRunner:
         batch.attention = self.backend.prepare(batch)
         return self.model(batch, self.kv_cache)
 
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits of at least as many rows: in the sizes of the graphs, for which the libraries' kernels are loaded."""
+        if self.graphs and len(hidden):
+            num_padding = self.graphs.size_for(len(hidden)) - len(hidden)
+            hidden = F.pad(hidden, (0, 0, 0, num_padding)) if num_padding else hidden
+        return self.model.logits(hidden)
+
     def _start_trash_decode(self, size: int) -> Callable[[], Tensor]:
         """Send a decode step of trash rows to where every decode step's arrays are; returns what computes it."""
         host = pack_decodes([], [], size, self.backend)
@@ -236,7 +247,7 @@ class ModelRunner:
         rows = upload(torch.tensor([i for i, _ in asking]), self.device)
         return logprobs(logits[rows], token_ids[rows].long(), num_top)
 
-    def _new_kv_cache(self, num_blocks: int) -> list[tuple[Tensor, Tensor]]:
+    def _new_kv_cache(self, num_blocks: int) -> list[KVCache]:
         """Each layer's keys and values [blocks, block_size, H_kv, D] in one piece of memory.
 
         It starts as zeros: a masked value still takes part in attention, and a NaN would spread. On the CPU they come from
@@ -249,11 +260,11 @@ class ModelRunner:
             cache = torch.from_numpy(numpy.zeros(num_bytes, dtype=numpy.uint8)).view(c.dtype).view(shape)
         else:
             cache = torch.zeros(shape, dtype=c.dtype, device=self.device)
-        return [(k, v) for k, v in cache]
+        return [KVCache(k, v) for k, v in cache]
 
     def _choose_num_blocks(self, config: Config, max_len: int, sizes: list[int]) -> int:
         """The number of blocks that the options and the memory allow; ValueError if they hold too little."""
-        block_bytes = sum(k.nbytes + v.nbytes for k, v in self.kv_cache)
+        block_bytes = sum(cache.k.nbytes + cache.v.nbytes for cache in self.kv_cache)
         needed = -(-max_len // self.block_size) + 1  # and the trash block
         if self.device.type == "cuda":
             num_blocks = self._cuda_pool_bytes(config, max_len, block_bytes, sizes) // block_bytes

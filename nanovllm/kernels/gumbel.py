@@ -4,7 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # the interpreter has no libdevice
 BLOCK = 2048
 TARGET_PROGRAMS = 1024  # enough to fill a large GPU a few times over
 MAX_SPLITS = 128  # of a row
@@ -47,6 +49,14 @@ def mix32(x):
     return x ^ ((x >> 16) & 0xFFFF)
 
 
+@triton.jit
+def log(x):
+    """Within 2^-22, in two instructions."""
+    if INTERPRETED:
+        return tl.log(x)
+    return libdevice.fast_logf(x)
+
+
 @triton.jit(do_not_specialize=["per_split"])  # one compilation for any number of rows
 def gumbel_max_kernel(
     logits, stride, vocab_size, rows, positions, sampling, best, per_split, BLOCK: tl.constexpr
@@ -70,8 +80,8 @@ def gumbel_max_kernel(
             v = tl.minimum((bits.to(tl.float32) + 0.5) * 4.656612873077393e-10, 1 - 5.960464477539063e-08)
             # -log(1 - v), by its series where the logarithm would lose what makes the winners differ
             series = v * (1 + v * (0.5 + v * (1 / 3 + v * (0.25 + v * (0.2 + v * (1 / 6))))))
-            exponential = tl.where(v < 0.04, series, -tl.log(1 - v))
-            score -= temperature * tl.log(exponential)
+            exponential = tl.where(v < 0.04, series, -log(1 - v))
+            score -= temperature * log(exponential)
         better = score > best_score
         best_score = tl.where(better, score, best_score)
         best_column = tl.where(better, column, best_column)

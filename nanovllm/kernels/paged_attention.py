@@ -39,56 +39,23 @@ def attend_to_tile(
 
 
 @triton.jit
-def norm_rotate(x_ptr, norm_ptr, cos_ptr, sin_ptr, at, angle, d, mask, eps, D: tl.constexpr, HAS_NORM: tl.constexpr):
-    """Heads [M, D] at `at` [M], normalised and rotated by the cosines and sines at `angle` [M]; float32."""
-    other = (d + D // 2) % D  # the dimension that d is turned against
-    x = tl.load(x_ptr + at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(x_ptr + at[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        x *= scale * tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        y *= scale * tl.load(norm_ptr + other, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    cos = tl.load(cos_ptr + angle[:, None] + d[None, :], mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + angle[:, None] + d[None, :], mask=mask, other=0.0)  # negative in the first half
-    return x * cos + y * sin
-
-
-@triton.jit
 def decode_kernel(
-    qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, out_ptr, partial_out, partial_lse, arrivals,
-    rows, context_lens, block_tables, bounds, items, members, scale, eps, table_stride, cos_stride,
+    q_ptr, k_cache, v_cache, out_ptr, partial_out, partial_lse, arrivals, rows, block_tables, bounds, items, members,
+    scale, q_stride, table_stride,
     BLOCK_SIZE: tl.constexpr, H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HAS_NORM: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One program does the items of one list for one key-value head; M holds G query heads of each member.
-
-    Nobody but the program that has a row's last token attends to it: it makes its key, and stores key and value.
-    """
+    """One program does the items of one list for one key-value head; M holds G query heads of each member."""
     h = tl.program_id(0) % H_KV
     work = tl.program_id(0) // H_KV
     m = tl.arange(0, M)
     d = tl.arange(0, DP)
-    qkv_stride: tl.constexpr = H_KV * (G + 2) * D
     for item in range(tl.load(bounds + work), tl.load(bounds + work + 1)):
         start = tl.load(items + item * 4)
         end = tl.load(items + item * 4 + 1)
         first = tl.load(items + item * 4 + 2)
         num_members = tl.load(items + item * 4 + 3)
-        first_row = tl.load(members + first * 4)
-        table = block_tables + tl.load(rows + first_row).to(tl.int64) * table_stride
-        if end == tl.load(context_lens + first_row):
-            one = tl.zeros([1], tl.int32)
-            token = one + first_row
-            last_block = tl.load(table + (end - 1) // BLOCK_SIZE).to(tl.int64)
-            slot = (last_block * BLOCK_SIZE + (end - 1) % BLOCK_SIZE) * H_KV + h
-            at = token * qkv_stride + (H_KV * G + h) * D
-            here = (d < D)[None, :]
-            k = norm_rotate(qkv, k_norm, cos, sin, at, token * cos_stride, d, here, eps, D, HAS_NORM)
-            v = tl.load(qkv + at[:, None] + H_KV * D + d[None, :], mask=here, other=0.0)
-            to = slot * D + one[:, None] + d[None, :]
-            tl.store(k_cache + to, k.to(k_cache.dtype.element_ty), mask=here)
-            tl.store(v_cache + to, v, mask=here)
-            tl.debug_barrier()  # all of this program see it
+        table = block_tables + tl.load(rows + tl.load(members + first * 4)).to(tl.int64) * table_stride
         live = m < num_members * G
         member = members + (first + m // G) * 4
         b = tl.load(member, mask=live, other=0)
@@ -96,9 +63,7 @@ def decode_kernel(
         num_parts = tl.load(member + 3, mask=live, other=0)
         head = h * G + m % G
         mask = live[:, None] & (d < D)[None, :]
-        q = norm_rotate(
-            qkv, q_norm, cos, sin, b * qkv_stride + head * D, b * cos_stride, d, mask, eps, D, HAS_NORM
-        ).to(qkv.dtype.element_ty)
+        q = tl.load(q_ptr + (b * q_stride + head * D)[:, None] + d[None, :], mask=mask, other=0.0)
         acc = tl.zeros([M, DP], tl.float32)
         row_max = tl.full([M], float("-inf"), tl.float32)
         row_sum = tl.zeros([M], tl.float32)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nanovllm.attention import AttentionBackend
 from nanovllm.config import ModelConfig
-from nanovllm.engine.batch import Batch
+from nanovllm.engine.batch import Batch, KVCache
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.embedding import Embedding
 from nanovllm.layers.linear import Linear, MergedLinear
@@ -33,19 +33,16 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.dtype)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.dtype)
 
-    def forward(
-        self, x: Tensor, rotary: Rotary, k_cache: Tensor, v_cache: Tensor, batch: Batch
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, cache: KVCache, batch: Batch) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 H_kv, D]
-        attended = self.attend(qkv, rotary, k_cache, v_cache, batch)  # [T, H, D]
+        attended = self.attend(qkv, rotary, cache, batch)  # [T, H, D]
         return self.o_proj(attended.flatten(1))
 
-    @torch.compiler.disable  # kernels of their own, on a cache that a compiler would take a copy of
-    def attend(
-        self, qkv: Tensor, rotary: Rotary, k_cache: Tensor, v_cache: Tensor, batch: Batch
-    ) -> Tensor:
+    @torch.compiler.disable  # it has its own kernels, and writes to a cache that a compiler might copy
+    def attend(self, qkv: Tensor, rotary: Rotary, cache: KVCache, batch: Batch) -> Tensor:
         norms = None if self.q_norm is None else (self.q_norm, self.k_norm)
-        return self.backend.forward(qkv, norms, rotary, k_cache, v_cache, batch)
+        q = self.backend.store(qkv, norms, rotary, cache.k, cache.v, batch)
+        return self.backend.attend(q, cache.k, cache.v, batch)
 
 
 class MLP(nn.Module):
@@ -68,10 +65,13 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, k_cache: Tensor, v_cache: Tensor, batch: Batch
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, k_cache, v_cache, batch)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        self, x: Tensor, residual: Tensor, rotary: Rotary, cache: KVCache, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """`x` is what the layer before adds to the residual stream: it is added where it is read, with the norm."""
+        residual = residual + x
+        x = self.self_attn(self.input_layernorm(residual), rotary, cache, batch)
+        residual = residual + x
+        return self.mlp(self.post_attention_layernorm(residual)), residual
 
 
 class Decoder(nn.Module):
@@ -87,16 +87,14 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, batch: Batch, kv_cache: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Compute a step: hidden states [T, hidden] of its tokens, whose keys and values go to the cache.
-
-        `kv_cache` holds each layer's keys and values, [blocks, block_size, H_kv, D] both.
-        """
+    def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
+        """Compute a step: hidden states [T, hidden] of its tokens, whose keys and values go to the layers' caches."""
         x = self.embed_tokens(batch.input_ids)
+        residual = torch.zeros_like(x)
         rotary = self.rotary(batch.positions)
-        for layer, (k_cache, v_cache) in zip(self.layers, kv_cache, strict=True):
-            x = layer(x, rotary, k_cache, v_cache, batch)
-        return x
+        for layer, cache in zip(self.layers, kv_cache, strict=True):
+            x, residual = layer(x, residual, rotary, cache, batch)
+        return residual + x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [S, vocabulary] of hidden states [S, hidden] that `forward` returned."""
