@@ -71,3 +71,10 @@ def demo_model() -> Path:
     if not (DEMO_MODEL / "config.json").is_file():
         pytest.skip("the demo model is not there; `make test` fetches it")
     return DEMO_MODEL
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_layers() -> None:
+    """Models of many shapes would reach the limit of how often one layer is compiled."""
+    if torch.cuda.is_available():
+        torch._dynamo.reset()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -141,3 +142,62 @@ def test_running_out_of_memory_in_a_step_leaves_the_llm_usable(tiny_model, monke
     assert len(caught.value.outputs) == len(PROMPTS)
     assert_nothing_leaks(llm)
     assert run(llm) == expected
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 100, 1000])
+def test_any_number_of_rows_has_its_graphs(max_num_seqs, tiny_model):
+    llm = gpu_llm(tiny_model(), max_num_seqs=max_num_seqs)
+    sizes = llm.engine.runner.graphs.sizes
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == max(2, max_num_seqs)
+    assert all(b <= max(a + 8, a * 9 // 8) for a, b in pairwise(sizes))
+    assert run(llm) == run(gpu_llm(tiny_model(), max_num_seqs=max_num_seqs, enforce_eager=True))
+
+
+def test_twenty_passes_take_no_more_memory_than_two(tiny_model):
+    llm = gpu_llm(tiny_model(), max_num_seqs=32)
+    taken = []
+    for _ in range(20):
+        run(llm)
+        torch.cuda.synchronize()
+        taken.append((torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[0]))
+    assert taken[2:] == taken[1:2] * 18
+
+
+def test_a_model_is_compiled_for_any_number_of_tokens_at_once(tiny_model, monkeypatch):
+    """A layer is two graphs, around attention; another number of tokens, of rows or of blocks compiles nothing."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    torch._dynamo.utils.counters.clear()
+    for options in ({}, {"max_num_seqs": 7, "kvcache_block_size": 32}, {"max_num_batched_tokens": 30}):
+        run(gpu_llm(tiny_model(), **options))
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
+LONG = {"max_position_embeddings": 33000, "hidden_size": 128, "head_dim": 64, "num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize("backend", ["triton", "flash-attn"])
+def test_bfloat16_stays_close_to_the_reference_up_to_32000_tokens(backend, tiny_model):
+    if backend == "flash-attn":
+        pytest.importorskip("flash_attn", reason="needs flash-attn")
+    prompts = [[(7 * i + i * i // 9) % 128 for i in range(n)] for n in (10, 1000, 8000, 32000)]
+    params = SamplingParams(temperature=0, max_tokens=2, logprobs=-1)
+    results = []
+    for options in (
+        {"attention_backend": backend, "dtype": "bfloat16"},
+        {"attention_backend": "reference", "dtype": "float32", "enforce_eager": True},
+    ):
+        with gpu_llm(tiny_model(**LONG), max_model_len=33000, max_num_seqs=4, **options) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        results.append([[output["logprobs"][0][t].logprob for t in range(128)] for output in outputs])
+    ours, reference = torch.tensor(results)
+    assert (ours - reference).abs().mean(dim=1).max() <= 0.05
+
+
+def test_flash_attn_refuses_what_it_cannot_do(tiny_model):
+    pytest.importorskip("flash_attn", reason="needs flash-attn")
+    with pytest.raises(ValueError, match="kvcache_block_size must be 256 .* got 16"):
+        gpu_llm(tiny_model(), attention_backend="flash-attn", dtype="bfloat16", kvcache_block_size=16)
+    with pytest.raises(ValueError, match=r"bfloat16 or float16, got torch\.float32"):
+        gpu_llm(tiny_model(), attention_backend="flash-attn")

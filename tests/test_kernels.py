@@ -3,6 +3,7 @@
 The interpreter multiplies bfloat16 matrices wrongly: there float16 stands in for it.
 """
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -82,9 +83,9 @@ def forward(backend, dtype, batch, qkv, norms, rotary, caches):
     return backend.attend(q, *caches, batch), q, caches
 
 
-def assert_attention_is_the_references(config, device, *case, **options):
+def assert_attention_is_the_references(config, device, *case, backend=None, **options):
     case = make_case(config, device, *case, **options)
-    ours = forward(TritonAttention(config, torch.device(device)), config.dtype, *case)
+    ours = forward(backend or TritonAttention(config, torch.device(device)), config.dtype, *case)
     expected = forward(ReferenceAttention(), torch.float32, *case)
     tolerance = TOLERANCES[config.dtype]
     for tensor, reference in zip(ours, expected):
@@ -128,6 +129,19 @@ def test_models_without_qk_norm(query_lens, device):
     assert_attention_is_the_references(config, device, 16, CONTEXTS, query_lens, has_norm=False)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("query_lens", [None, [1, 9, 1, 64, 3, 5]], ids=["decode", "prefill"])
+def test_flash_attn(head_dim, query_lens):
+    pytest.importorskip("flash_attn", reason="needs flash-attn")
+    from nanovllm.attention.flash import FlashAttention
+
+    config = model(4, 2, head_dim, torch.bfloat16)
+    backend = FlashAttention(config, torch.device("cuda"), None)
+    assert_attention_is_the_references(config, "cuda", 256, CONTEXTS, query_lens, backend=backend)
+
+
 def test_a_layer_leaves_the_workspace_as_it_found_it(device):
     """Every layer of a step uses the same arrival counters: each must find zeros."""
     config = model(4, 2, 64, torch.float32)
@@ -161,7 +175,7 @@ def test_decode_lists_cover_every_token_once_and_are_equally_long(lens, num_list
         assert edges[-1] == lens[row]
         assert [part for _, _, part, *_ in parts] == list(range(parts[0][3], parts[0][3] + len(parts)))
         assert {(first, count) for *_, first, count in parts} == {(parts[0][3], len(parts))}
-    work = [sum(-(-(e - s) // tile) for s, e, *_ in items[a:b].tolist()) for a, b in zip(bounds, bounds[1:])]
+    work = [sum(-(-(e - s) // tile) for s, e, *_ in items[a:b].tolist()) for a, b in pairwise(bounds)]
     assert max(work) == -(-sum(-(-n // tile) for n in lens) // num_lists)
 
 

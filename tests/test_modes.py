@@ -12,6 +12,9 @@ MODES = {
     "chunks of 1": {"max_num_batched_tokens": 1},
     "chunks of 3": {"max_num_batched_tokens": 3},
     "chunks of 17, synchronous": {"max_num_batched_tokens": 17, "async_scheduling": False},
+    "eager": {"enforce_eager": True},
+    "reference attention": {"attention_backend": "reference"},
+    "reference attention, eager": {"attention_backend": "reference", "enforce_eager": True},
     "one sequence at a time": {"max_num_seqs": 1},
     "three sequences at a time": {"max_num_seqs": 3},
     "blocks of 1": {"kvcache_block_size": 1},
@@ -81,6 +84,18 @@ def test_every_mode_gives_the_same_tokens(mode, tiny_model, expected, device):
     assert run(llm) == expected, "with what the first run left in the prefix cache"
     if "preempts" in mode:
         assert llm.stats()["num_preemptions"] > 0
+
+
+def test_triton_in_the_interpreter_gives_the_same_tokens(tiny_model, expected, device):
+    """The backend of GPUs, through the whole engine, where there is none."""
+    pytest.importorskip("triton", reason="needs triton")
+    if device != "cpu":
+        pytest.skip("without a GPU")
+    llm = make_llm(tiny_model(), device=device, attention_backend="triton", max_num_batched_tokens=25)
+    chosen = [1, 6, 11]
+    params = [PARAMS[i] for i in chosen]
+    outputs = llm.generate([PROMPTS[i] for i in chosen], params, use_tqdm=False)
+    assert [o["token_ids"] for o in outputs] == [expected[i][0] for i in chosen]
 
 
 def test_batch_order_does_not_matter(tiny_model, expected, device):

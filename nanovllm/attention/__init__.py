@@ -11,29 +11,27 @@ from nanovllm.config import ModelConfig
 __all__ = ["AttentionBackend", "select"]
 
 
-def select(name: str, config: ModelConfig, device: torch.device) -> AttentionBackend:
-    """The backend called `name` for a model; "auto" is the fastest that is there: Triton on a GPU.
+def select(
+    name: str, config: ModelConfig, device: torch.device, block_size: int | None = None
+) -> AttentionBackend:
+    """The backend called `name` for a model; "auto" is the fastest: Triton on a GPU, else the reference.
 
     Raises:
-        ValueError: the backend is not installed, or does not run this model on this device.
+        ValueError: the backend is not installed, or runs no such model, device or `block_size`.
     """
     if name == "auto":
         name = "triton" if device.type == "cuda" and find_spec("triton") else "reference"
     if name == "reference":
         return ReferenceAttention()
-    if name == "triton":
-        if find_spec("triton") is None:
-            raise ValueError("attention_backend='triton' needs the package triton, which is not installed")
-        from nanovllm.attention.triton import INTERPRETED, TritonAttention
-
-        if device.type != "cuda" and not INTERPRETED:
-            raise ValueError(f"attention_backend='triton' needs a GPU, got device {str(device)!r}")
-        return TritonAttention(config, device)
-    if find_spec("flash_attn") is None:
+    package = {"triton": "triton", "flash-attn": "flash_attn"}[name]
+    if find_spec(package) is None:
         raise ValueError(
-            "attention_backend='flash-attn' needs the package flash-attn, which is not installed: "
-            "pip install flash-attn, or leave attention_backend at 'auto'"
+            f"attention_backend={name!r} needs the package {name}, which is not installed; 'auto' takes what is there"
         )
+    if name == "triton":
+        from nanovllm.attention.triton import TritonAttention
+
+        return TritonAttention(config, device)
     from nanovllm.attention.flash import FlashAttention
 
-    return FlashAttention(config, device)
+    return FlashAttention(config, device, block_size)

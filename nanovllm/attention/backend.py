@@ -19,7 +19,9 @@ class AttentionBackend:
     """
 
     block_size = 16  # tokens in a KV block, unless the user asks for another
-    capturable = False  # whether decode rows may run in a CUDA graph: then nothing may depend on the values of lengths
+    capturable = (
+        False  # whether decode rows may run in a CUDA graph: then nothing may depend on the values of lengths
+    )
 
     def plan(
         self, is_decode: bool, query_lens: NDArray[np.int32], context_lens: NDArray[np.int32]

@@ -59,7 +59,9 @@ class ReferenceAttention(AttentionBackend):
             else:
                 start, end, context_len, blocks, mask = part
                 shape = (num_kv_heads, group, context_len, head_dim)
-                k = k_cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)  # [H_kv, L, D]
+                k = (
+                    k_cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)
+                )  # [H_kv, L, D]
                 v = v_cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)
                 attended = F.scaled_dot_product_attention(
                     q[start:end].permute(1, 2, 0, 3),  # [H_kv, G, n, D]

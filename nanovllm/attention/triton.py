@@ -46,6 +46,8 @@ class TritonAttention(AttentionBackend):
     capturable = True
 
     def __init__(self, config: ModelConfig, device: torch.device):
+        if device.type != "cuda" and not INTERPRETED:
+            raise ValueError(f"attention_backend='triton' needs a GPU, got device {str(device)!r}")
         self.num_kv_heads = config.num_kv_heads
         self.group = config.num_heads // config.num_kv_heads
         self.head_dim = config.head_dim
@@ -125,7 +127,7 @@ def prefill_tiles(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, in
         return {"M": max(32, group), "N": 16, "num_warps": 4, "num_stages": 1}
     if head_dim > 128:
         return {"M": max(64, group), "N": 32, "num_warps": 8, "num_stages": 2}
-    return {"M": max(128, group), "N": 64, "num_warps": 8, "num_stages": 2}
+    return {"M": max(64, group), "N": 64, "num_warps": 4, "num_stages": 2}
 
 
 def split_decodes(context_lens: INT, num_lists: int, tile: int) -> list[INT]:

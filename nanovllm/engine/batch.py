@@ -57,7 +57,8 @@ class Staging:
         for arrays in groups:
             views.append([])
             for array in arrays:
-                start, end = end, end + array.size
+                start = -(-end // 4) * 4  # 16 bytes: kernels are compiled for aligned pointers
+                end = start + array.size
                 buffer[start:end] = array.reshape(-1)
                 views[-1].append(self.device[start:end].view(array.shape))
         self.device[:end].copy_(host[:end], non_blocking=True)

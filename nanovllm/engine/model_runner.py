@@ -87,7 +87,9 @@ class ModelRunner:
     def __init__(self, config: Config, model_config: ModelConfig, folder: Path, max_len: int):
         self.device = config.torch_device
         self.model_config = model_config
-        self.backend = attention.select(config.attention_backend, model_config, self.device)
+        self.backend = attention.select(
+            config.attention_backend, model_config, self.device, config.kvcache_block_size
+        )
         self.block_size = config.kvcache_block_size or self.backend.block_size
         self.compiles = self.device.type == "cuda" and not config.enforce_eager
         if self.device.type == "cuda":
@@ -125,9 +127,7 @@ class ModelRunner:
         self.kv_cache = self._new_kv_cache(self.num_blocks)
         if sizes:
             self.graphs = DecodeGraphs(self._start_trash_decode, sizes)
-            for size in sizes:
-                self._logits(self.graphs.replay(size))
-            self.synchronize()
+            self._warm_up_head(sizes)
 
     @torch.inference_mode()
     def forward(self, step: Step) -> Launched:
@@ -211,6 +211,13 @@ class ModelRunner:
             num_padding = self.graphs.size_for(len(hidden)) - len(hidden)
             hidden = F.pad(hidden, (0, 0, 0, num_padding)) if num_padding else hidden
         return self.model.logits(hidden)
+
+    @torch.inference_mode()
+    def _warm_up_head(self, sizes: list[int]) -> None:
+        """Load the kernels of the head: they differ with the size, and loading one takes longer than a step."""
+        for size in sizes:
+            self._logits(self.model.norm.weight.new_zeros(size, self.model_config.hidden_size))
+        self.synchronize()
 
     def _start_trash_decode(self, size: int) -> Callable[[], Tensor]:
         """Send a decode step of trash rows to where every decode step's arrays are; returns what computes it."""

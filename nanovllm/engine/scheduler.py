@@ -142,7 +142,9 @@ class Scheduler:
             self._preempt(victim)
             if victim is seq:
                 return False
-        step.block_updates += [(seq.row, i, seq.block_table[i]) for i in range(num_known, len(seq.block_table))]
+        step.block_updates += [
+            (seq.row, i, seq.block_table[i]) for i in range(num_known, len(seq.block_table))
+        ]
         return True
 
     def _admits(self) -> bool:

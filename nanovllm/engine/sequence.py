@@ -43,7 +43,9 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
-        self.is_plain = not self.params.is_truncated and not self.params.min_tokens and self.params.logprobs is None
+        self.is_plain = (
+            not self.params.is_truncated and not self.params.min_tokens and self.params.logprobs is None
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -26,11 +26,18 @@ def gumbel_max(
     best = torch.empty(num_rows, num_splits, dtype=torch.int64, device=logits.device)
     token_ids = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     gumbel_max_kernel[(num_rows, num_splits)](
-        logits, logits.stride(0), vocab_size, rows, positions, sampling, best, per_split, BLOCK=BLOCK, num_warps=8
+        logits,
+        logits.stride(0),
+        vocab_size,
+        rows,
+        positions,
+        sampling,
+        best,
+        per_split,
+        BLOCK=BLOCK,
+        num_warps=8,
     )
-    pick_kernel[(num_rows,)](
-        best, num_splits, rows, last_token, token_ids, SPLITS=MAX_SPLITS, num_warps=1
-    )
+    pick_kernel[(num_rows,)](best, num_splits, rows, last_token, token_ids, SPLITS=MAX_SPLITS, num_warps=1)
     return token_ids
 
 
@@ -74,7 +81,9 @@ def gumbel_max_kernel(
     best_column = lane + split * per_split * BLOCK
     for block in range(split * per_split, (split + 1) * per_split):
         column = block * BLOCK + lane
-        score = tl.load(logits + s * stride + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
+        score = tl.load(logits + s * stride + column, mask=column < vocab_size, other=float("-inf")).to(
+            tl.float32
+        )
         if temperature > 0:
             bits = mix32(mix32(column ^ low) ^ high) & 0x7FFFFFFF
             v = tl.minimum((bits.to(tl.float32) + 0.5) * 4.656612873077393e-10, 1 - 5.960464477539063e-08)

@@ -1,6 +1,5 @@
 """q/k-norm, rotary embedding and the KV store in one pass over q, k and v. The twin is `AttentionBackend.store`."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

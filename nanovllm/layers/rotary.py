@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from nanovllm.config import RopeConfig
 
-
 Rotary = tuple[Tensor, Tensor]  # cosines and sines of the tokens' positions, [T, 1, head_dim] float32 each
 
 

@@ -28,10 +28,11 @@ class Attention(nn.Module):
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv_proj = MergedLinear(config.hidden_size, parts, config.qkv_bias, config.dtype)
         self.o_proj = Linear(q_size, config.hidden_size, config.o_bias, config.dtype)
-        self.q_norm = self.k_norm = None
+        self.norms: tuple[RMSNorm, RMSNorm] | None = None
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.dtype)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.dtype)
+            self.norms = self.q_norm, self.k_norm
 
     def forward(self, x: Tensor, rotary: Rotary, cache: KVCache, batch: Batch) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 H_kv, D]
@@ -40,8 +41,7 @@ class Attention(nn.Module):
 
     @torch.compiler.disable  # it has its own kernels, and writes to a cache that a compiler might copy
     def attend(self, qkv: Tensor, rotary: Rotary, cache: KVCache, batch: Batch) -> Tensor:
-        norms = None if self.q_norm is None else (self.q_norm, self.k_norm)
-        q = self.backend.store(qkv, norms, rotary, cache.k, cache.v, batch)
+        q = self.backend.store(qkv, self.norms, rotary, cache.k, cache.v, batch)
         return self.backend.attend(q, cache.k, cache.v, batch)
 
 
