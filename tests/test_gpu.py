@@ -197,7 +197,7 @@ def test_bfloat16_stays_close_to_the_reference_up_to_32000_tokens(backend, tiny_
 
 def test_flash_attn_refuses_what_it_cannot_do(tiny_model):
     pytest.importorskip("flash_attn", reason="needs flash-attn")
-    with pytest.raises(ValueError, match="kvcache_block_size must be 256 .* got 16"):
+    with pytest.raises(ValueError, match=r"kvcache_block_size must be 256 .* got 16"):
         gpu_llm(tiny_model(), attention_backend="flash-attn", dtype="bfloat16", kvcache_block_size=16)
     with pytest.raises(ValueError, match=r"bfloat16 or float16, got torch\.float32"):
         gpu_llm(tiny_model(), attention_backend="flash-attn")
