@@ -93,7 +93,7 @@ def assert_attention_is_the_references(config, device, *case, backend=None, **op
 
 
 CONTEXTS = [1, 300, 17, 64, 129, 5]
-SHAPES = [(4, 2, 64), (6, 2, 80), (3, 1, 96), (2, 2, 128), (7, 1, 64), (2, 1, 256), (20, 1, 64)]
+SHAPES = [(4, 2, 64), (4, 2, 8), (6, 2, 80), (3, 1, 96), (2, 2, 128), (7, 1, 64), (2, 1, 256), (20, 1, 64)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -104,7 +104,7 @@ def test_batch_order_does_not_matter(tiny_model, expected, device):
 
 
 def test_identical_prompts_in_one_step_share_their_blocks(tiny_model, expected, device):
-    llm = make_llm(tiny_model(), device=device)
+    llm = make_llm(tiny_model(), device=device, kvcache_block_size=16)
     outputs = llm.generate([PROMPTS[11]] * 4, PARAMS[11], use_tqdm=False)
     assert [o["token_ids"] for o in outputs] == [expected[11][0]] * 4
     assert [o.num_cached_tokens for o in outputs] == [0, 48, 48, 48]  # of 62, in blocks of 16
@@ -112,7 +112,7 @@ def test_identical_prompts_in_one_step_share_their_blocks(tiny_model, expected, 
 
 def test_a_wholly_cached_prompt_still_computes_its_last_token(tiny_model, device):
     """A prompt of whole blocks that are all cached has no logits to draw from, unless its last block is computed."""
-    llm = make_llm(tiny_model(), device=device)
+    llm = make_llm(tiny_model(), device=device, kvcache_block_size=16)
     first, second = (llm.generate([SHARED[:32]], PARAMS[1], use_tqdm=False)[0] for _ in range(2))
     assert second["token_ids"] == first["token_ids"]
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 16)

@@ -108,7 +108,7 @@ class TritonAttention(AttentionBackend):
             "H_KV": self.num_kv_heads,
             "G": self.group,
             "D": self.head_dim,
-            "DP": triton.next_power_of_2(self.head_dim),
+            "DP": max(16, triton.next_power_of_2(self.head_dim)),
             "PRECISION": "ieee" if k_cache.dtype == torch.float32 else "tf32",
         }
 
