@@ -16,7 +16,8 @@ pytest.importorskip("triton", reason="needs triton")
 
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.attention.triton import TritonAttention, split_chunks, split_decodes
-from nanovllm.engine.batch import Batch, int32
+from nanovllm.engine.batch import Batch
+from nanovllm.engine.packing import int32
 from nanovllm.kernels.gumbel import gumbel_max
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import RopeConfig, RotaryEmbedding

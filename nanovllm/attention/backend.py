@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from nanovllm.engine.batch import Batch
+from nanovllm.engine.batch import INT, Batch
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import Rotary, apply_rotary
 
@@ -23,9 +21,7 @@ class AttentionBackend:
         False  # whether decode rows may run in a CUDA graph: then nothing may depend on the values of lengths
     )
 
-    def plan(
-        self, is_decode: bool, query_lens: NDArray[np.int32], context_lens: NDArray[np.int32]
-    ) -> list[NDArray[np.int32]]:
+    def plan(self, is_decode: bool, query_lens: INT, context_lens: INT) -> list[INT]:
         """Arrays that the device needs for this step, made on the CPU; they arrive as `batch.plan`.
 
         For decode rows of a capturable backend their shapes depend on the number of rows alone.

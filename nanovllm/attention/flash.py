@@ -5,12 +5,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
 from nanovllm.config import ModelConfig
-from nanovllm.engine.batch import Batch
+from nanovllm.engine.batch import INT, Batch
 from nanovllm.kernels.rotary_store import norm_rotate_store
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import Rotary
@@ -40,9 +39,7 @@ class FlashAttention(AttentionBackend):
                 f"kvcache_block_size must be {self.block_size} with attention_backend='flash-attn', got {block_size}"
             )
 
-    def plan(
-        self, is_decode: bool, query_lens: NDArray[np.int32], context_lens: NDArray[np.int32]
-    ) -> list[NDArray[np.int32]]:
+    def plan(self, is_decode: bool, query_lens: INT, context_lens: INT) -> list[INT]:
         """For chunks, where each begins in the queries and in the keys, and where the last one ends."""
         if is_decode:
             return []

@@ -14,18 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import triton
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
 from nanovllm.config import ModelConfig
-from nanovllm.engine.batch import Batch
+from nanovllm.engine.batch import INT, Batch
 from nanovllm.kernels.paged_attention import decode_kernel, prefill_kernel
 from nanovllm.kernels.rotary_store import norm_rotate_store
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import Rotary
 
-INT = NDArray[np.int32]
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # on the CPU, by Triton's interpreter: for tests
 PROGRAMS_PER_PROCESSOR = 3  # decode programs that share a multiprocessor; 2 and 4 are 5 % slower on an H200
 LOG2_E = 1.4426950408889634

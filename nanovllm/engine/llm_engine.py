@@ -7,6 +7,9 @@ Step N+1 is planned from counts, and launched, before the tokens of step N are r
 When N+1 is sampled, N is committed, so that every sampled sequence's history is known on the CPU.
 """
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -42,9 +45,10 @@ class LLMEngine:
         model_config = ModelConfig.from_folder(self.folder)
         self.model_config = replace(model_config, dtype=config.torch_dtype(model_config.dtype))
         self.max_model_len = min(config.max_model_len, self.model_config.max_len)
-        self.runner: ModelRunner | None = ModelRunner(
-            config, self.model_config, self.folder, self.max_model_len
-        )
+        with _collector_paused():
+            self.runner: ModelRunner | None = ModelRunner(
+                config, self.model_config, self.folder, self.max_model_len
+            )
         self.finished: dict[int, Sequence] = {}
         self.in_flight: tuple[Step, SampledTokens] | None = None
         self.scheduler = self._new_scheduler()
@@ -140,3 +144,15 @@ class LLMEngine:
         except BaseException:
             self.close()
             raise
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Compilers make millions of objects that stay: looking through them again and again took a second of ten."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

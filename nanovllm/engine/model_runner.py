@@ -18,19 +18,18 @@ from torch import Tensor
 
 from nanovllm import attention
 from nanovllm.config import Config, ModelConfig
-from nanovllm.engine.batch import (
-    INT,
+from nanovllm.engine.batch import INT, KVCache
+from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
+from nanovllm.engine.memory import GIB, available_host_memory, cuda_pool_bytes
+from nanovllm.engine.packing import (
     DeviceTables,
     HostBatch,
-    KVCache,
     Staging,
     int32,
     pack_chunks,
     pack_decodes,
     upload,
 )
-from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
-from nanovllm.engine.memory import GIB, available_host_memory, cuda_pool_bytes
 from nanovllm.engine.scheduler import ScheduledChunk, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.linear import Linear
@@ -351,4 +350,4 @@ class ModelRunner:
                 decodes.context_lens.append(max_len)
             for step in (prompts, decodes):
                 self.sample(self.forward(step))
-        self.synchronize()
+                self.synchronize()

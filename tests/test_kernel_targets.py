@@ -1,0 +1,76 @@
+"""The kernels of attention compile for the GPUs that people own, within the shared memory that those have.
+
+Compiling needs no GPU, but a process in which Triton does not interpret.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton")
+
+MAX_SHARED_MEMORY = 99 * 1024  # of a program on sm_86 and sm_89
+COMPILE = """
+import itertools, json, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from nanovllm.attention.triton import decode_tiles, prefill_tiles
+from nanovllm.kernels.paged_attention import decode_kernel, prefill_kernel
+
+TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+FLOATS = ("q_ptr", "k_cache", "v_cache", "out_ptr")
+NUMBERS = {"scale": "fp32", "q_stride": "i32", "table_stride": "i32"}
+
+def shared_memory(kernel, tiles, capability, head_dim, group, dtype):
+    constants = {
+        "BLOCK_SIZE": 64, "H_KV": 8, "G": group, "D": head_dim, "DP": triton.next_power_of_2(head_dim),
+        "PRECISION": "ieee" if dtype == "float32" else "tf32", "M": tiles["M"], "N": tiles["N"],
+    }
+    pointers = {name: "*" + TYPES[dtype] for name in FLOATS} | {"partial_out": "*fp32", "partial_lse": "*fp32"}
+    types = {name: "constexpr" for name in constants} | pointers | NUMBERS
+    signature = {name: types.get(name, "*i32") for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": tiles["num_warps"], "num_stages": tiles["num_stages"]}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+
+capabilities, shapes, dtypes = json.loads(sys.argv[1])
+for capability, (head_dim, group), dtype in itertools.product(capabilities, shapes, dtypes):
+    for kernel, tiles in ((decode_kernel, decode_tiles), (prefill_kernel, prefill_tiles)):
+        taken = shared_memory(kernel, tiles(head_dim, group, getattr(torch, dtype)), capability, head_dim, group, dtype)
+        print(json.dumps([kernel.__name__, capability, head_dim, group, dtype, taken]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "shapes", "dtypes"),
+    [
+        ([86, 90], [[128, 2]], ["bfloat16", "float32"]),
+        pytest.param(
+            [80, 86, 89, 90],
+            [[64, 1], [64, 3], [80, 4], [96, 8], [128, 4], [128, 7], [128, 16], [256, 2], [256, 8]],
+            ["bfloat16", "float16", "float32"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["some", "all"],
+)
+def test_attention_compiles_within_99_kilobytes(capabilities, shapes, dtypes):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE, json.dumps([capabilities, shapes, dtypes])],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    compiled = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(compiled) == 2 * len(capabilities) * len(shapes) * len(dtypes)
+    assert [c for c in compiled if c[-1] > MAX_SHARED_MEMORY] == []
