@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -47,9 +48,10 @@ def test_a_real_model_gives_the_cpus_tokens(demo_model):
     assert [o["token_ids"] for o in outputs[0]] == [o["token_ids"] for o in outputs[1]]
 
 
-def test_nothing_synchronises_between_planning_and_sampling(tiny_model):
+@pytest.mark.parametrize("options", [{}, {"attention_backend": "reference", "enforce_eager": True}], ids=str)
+def test_nothing_synchronises_between_planning_and_sampling(options, tiny_model):
     """Only reading the tokens back may wait; every kind of step and of sampling is launched without."""
-    llm = gpu_llm(tiny_model(), max_num_batched_tokens=30)
+    llm = gpu_llm(tiny_model(), max_num_batched_tokens=30, **options)
     params = [
         SamplingParams(max_tokens=9, top_p=0.9, logprobs=2, min_tokens=3, stop_token_ids=[5]),
         *PARAMS[1:],
@@ -187,7 +189,7 @@ def test_bfloat16_stays_close_to_the_reference_up_to_32000_tokens(backend, tiny_
     params = SamplingParams(temperature=0, max_tokens=2, logprobs=-1)
     results = []
     for options in (
-        {"attention_backend": backend, "dtype": "bfloat16"},
+        {"attention_backend": backend, "dtype": "bfloat16", "max_num_batched_tokens": 1024},
         {"attention_backend": "reference", "dtype": "float32", "enforce_eager": True},
     ):
         with gpu_llm(tiny_model(**LONG), max_model_len=33000, max_num_seqs=4, **options) as llm:
@@ -203,3 +205,45 @@ def test_flash_attn_refuses_what_it_cannot_do(tiny_model):
         gpu_llm(tiny_model(), attention_backend="flash-attn", dtype="bfloat16", kvcache_block_size=16)
     with pytest.raises(ValueError, match=r"bfloat16 or float16, got torch\.float32"):
         gpu_llm(tiny_model(), attention_backend="flash-attn")
+
+
+def test_closing_frees_the_weights(tiny_model):
+    """A compiled layer must not keep itself alive until somebody collects garbage."""
+    llm = gpu_llm(tiny_model())
+    run(llm)
+    weights = weakref.ref(llm.engine.runner.model.layers[0].mlp.down_proj.weight)
+    llm.close()
+    assert weights() is None
+
+
+def test_what_the_largest_step_takes_is_left_free(tiny_model):
+    """Its peak is not forgotten when the graphs are measured."""
+    sizes = {"max_num_batched_tokens": 16384, "max_num_seqs": 256, "max_model_len": 128}
+    llm = gpu_llm(tiny_model(intermediate_size=8192, hidden_size=1024), **sizes)
+    before = torch.cuda.mem_get_info()[0]
+    llm.engine.runner._run_largest_steps(llm.config, 128)
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert before - torch.cuda.mem_get_info()[0] > 2**29, "the step takes so much that the test can fail"
+    assert torch.cuda.memory_reserved() < 0.101 * total
+
+
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_sequences_shorter_than_the_padding(block_size, tiny_model):
+    options = {"max_model_len": 5, "kvcache_block_size": block_size}
+    prompts, params = [[1], [2, 3, 4], [5, 6]], SamplingParams(temperature=0, max_tokens=4)
+    expected, ours = (
+        [
+            o["token_ids"]
+            for o in make_llm(tiny_model(), device=device, **options).generate(
+                prompts, params, use_tqdm=False
+            )
+        ]
+        for device in ("cpu", "cuda")
+    )
+    assert ours == expected
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one(tiny_model):
+    outputs = run(gpu_llm(tiny_model(), device="cuda:1"))
+    assert outputs == run(make_llm(tiny_model()))

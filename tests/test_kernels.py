@@ -211,8 +211,8 @@ def test_gumbel_max(dtype, temperature, device):
     positions = torch.tensor([0, 9, 1000], dtype=torch.int32, device=device)
     last_token = torch.full((5,), -1, dtype=torch.int32, device=device)
     drawn = gumbel_max(logits, rows, positions, sampling, last_token).long()
-    batch = SamplingBatch.unpack(sampling[rows], positions, is_random=True, is_truncated=False)
-    scores = logits.float() + gumbel_noise(batch.seeds, positions, vocab_size) * temperature
+    seeds = SamplingBatch(sampling, rows, positions, True, False).unpack()[-1]
+    scores = logits.float() + gumbel_noise(seeds, positions, vocab_size) * temperature
     best = scores.max(-1).values
     assert (scores.gather(1, drawn[:, None])[:, 0] >= best - 1e-5 * best.abs()).all()
     assert torch.equal(last_token[rows.long()].long(), drawn)

@@ -6,6 +6,7 @@ import scipy.stats
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+import nanovllm.layers.sampler
 from nanovllm import SamplingParams
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.sampler import (
@@ -14,7 +15,6 @@ from nanovllm.layers.sampler import (
     gumbel_noise,
     logprobs,
     pack_sampling,
-    sample,
     truncate,
 )
 
@@ -37,12 +37,22 @@ FROZEN_NOISE = [[2.972445, 3.022993, -0.253061], [-0.061819, -1.091792, -0.32884
 def make_batch(params, vocab_size):
     """A sampling batch of one row for each of `params`, each at position 1."""
     packed = torch.from_numpy(np.array([pack_sampling(p, p.seed or 0, vocab_size) for p in params]))
-    return SamplingBatch.unpack(
+    return SamplingBatch(
         packed,
+        torch.arange(len(params), dtype=torch.int32),
         torch.ones(len(params), dtype=torch.int32),
         is_random=any(p.temperature > 0 for p in params),
         is_truncated=any(p.is_truncated for p in params),
     )
+
+
+def sample(logits, batch):
+    last_token = torch.full((len(batch.sampling),), -1, dtype=torch.int32)
+    token_ids = nanovllm.layers.sampler.sample(logits, batch, last_token)
+    assert (last_token[batch.rows.long()] == token_ids).all() or len(set(batch.rows.tolist())) < len(
+        batch.rows
+    )
+    return token_ids
 
 
 def expected_probabilities(logits, params):
@@ -67,12 +77,7 @@ def test_frequencies_match_the_exact_distribution(combination):
     logits = torch.randn(1, 24, generator=torch.Generator().manual_seed(3)) * 2
     expected = expected_probabilities(logits, params)[0].double()
     batch = make_batch([params], 24)
-    batch = SamplingBatch(
-        **{
-            name: value.expand(num_draws) if torch.is_tensor(value) and value.dim() == 1 else value
-            for name, value in vars(batch).items()
-        }
-    )
+    batch.rows = torch.zeros(num_draws, dtype=torch.int32)
     batch.positions = torch.arange(num_draws)
     counts = torch.bincount(sample(logits.expand(num_draws, -1), batch), minlength=24).double()
     kept = expected > 0
@@ -89,7 +94,8 @@ def test_kept_tokens_are_those_of_transformers(combination):
     scores = logits / params.temperature
     scores = scores - scores.amax(-1, keepdim=True)
     batch = make_batch([params] * 64, 1000)
-    kept = truncate(scores, batch.min_p, batch.top_k, batch.top_p)
+    _, top_p, min_p, top_k, _ = batch.unpack()
+    kept = truncate(scores, min_p, top_k, top_p)
     torch.testing.assert_close(kept.softmax(-1), expected_probabilities(logits, params))
 
 

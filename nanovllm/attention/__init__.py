@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import torch
 
+from nanovllm import kernels
 from nanovllm.attention.backend import AttentionBackend
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.config import ModelConfig
@@ -20,14 +21,16 @@ def select(
         ValueError: the backend is not installed, or runs no such model, device or `block_size`.
     """
     if name == "auto":
-        name = "triton" if device.type == "cuda" and find_spec("triton") else "reference"
+        on_gpu = device.type == "cuda" and kernels.AVAILABLE and config.head_dim <= 256
+        name = "triton" if on_gpu else "reference"
     if name == "reference":
         return ReferenceAttention()
-    package = {"triton": "triton", "flash-attn": "flash_attn"}[name]
-    if find_spec(package) is None:
-        raise ValueError(
-            f"attention_backend={name!r} needs the package {name}, which is not installed; 'auto' takes what is there"
-        )
+    for package in ("triton", "flash_attn") if name == "flash-attn" else ("triton",):
+        if find_spec(package) is None:
+            raise ValueError(
+                f"attention_backend={name!r} needs the package {package.replace('_', '-')}, which is not installed; "
+                "'auto' takes what is there"
+            )
     if name == "triton":
         from nanovllm.attention.triton import TritonAttention
 

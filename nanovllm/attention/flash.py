@@ -8,11 +8,9 @@ from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
+from nanovllm.attention.triton import MAX_HEAD_DIM, TritonAttention
 from nanovllm.config import ModelConfig
 from nanovllm.engine.batch import INT, Batch
-from nanovllm.kernels.rotary_store import norm_rotate_store
-from nanovllm.layers.norm import RMSNorm
-from nanovllm.layers.rotary import Rotary
 
 
 class SequenceTables(NamedTuple):
@@ -32,6 +30,10 @@ class FlashAttention(AttentionBackend):
     def __init__(self, config: ModelConfig, device: torch.device, block_size: int | None):
         if device.type != "cuda":
             raise ValueError(f"attention_backend='flash-attn' needs a GPU, got device {str(device)!r}")
+        if config.head_dim > MAX_HEAD_DIM or config.head_dim % 8:
+            raise ValueError(
+                f"attention_backend='flash-attn' runs head sizes up to {MAX_HEAD_DIM} that 8 divides, got {config.head_dim}"
+            )
         if config.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"attention_backend='flash-attn' needs bfloat16 or float16, got {config.dtype}")
         if block_size not in (None, self.block_size):
@@ -49,16 +51,7 @@ class FlashAttention(AttentionBackend):
         tables = batch.block_tables.index_select(0, batch.rows)
         return SequenceTables(tables, int(batch.query_lens.max()), int(batch.cpu_context_lens.max()))
 
-    def store(
-        self,
-        qkv: Tensor,
-        norms: tuple[RMSNorm, RMSNorm] | None,
-        rotary: Rotary,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: Batch,
-    ) -> Tensor:
-        return norm_rotate_store(qkv, norms, rotary, k_cache, v_cache, batch.slot_mapping)
+    store = TritonAttention.store
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
         shared: SequenceTables = batch.attention

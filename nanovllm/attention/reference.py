@@ -90,10 +90,11 @@ class ReferenceAttention(AttentionBackend):
 
     def _chunks(self, batch: Batch) -> list[Chunk]:
         chunks = []
+        tables = batch.block_tables.index_select(0, batch.rows)
         start = 0
         lens = zip(batch.query_lens.tolist(), batch.cpu_context_lens.tolist(), strict=True)
         for i, (query_len, context_len) in enumerate(lens):
-            blocks = batch.block_tables[batch.rows[i], : -(-context_len // batch.block_size)]
+            blocks = tables[i, : -(-context_len // batch.block_size)]
             mask = None
             if query_len < context_len:
                 mask = torch.ones(query_len, context_len, dtype=torch.bool, device=blocks.device)

@@ -19,12 +19,13 @@ from torch import Tensor
 from nanovllm.attention.backend import AttentionBackend
 from nanovllm.config import ModelConfig
 from nanovllm.engine.batch import INT, Batch
+from nanovllm.kernels.gumbel import INTERPRETED
 from nanovllm.kernels.paged_attention import decode_kernel, prefill_kernel
 from nanovllm.kernels.rotary_store import norm_rotate_store
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import Rotary
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # on the CPU, by Triton's interpreter: for tests
+MAX_HEAD_DIM = 256
 PROGRAMS_PER_PROCESSOR = 3  # decode programs that share a multiprocessor; 2 and 4 are 5 % slower on an H200
 LOG2_E = 1.4426950408889634
 
@@ -44,8 +45,12 @@ class TritonAttention(AttentionBackend):
     capturable = True
 
     def __init__(self, config: ModelConfig, device: torch.device):
-        if device.type != "cuda" and not INTERPRETED:
+        if device.type != "cuda" and not INTERPRETED.value:  # by Triton on the CPU, for tests
             raise ValueError(f"attention_backend='triton' needs a GPU, got device {str(device)!r}")
+        if config.head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"attention_backend='triton' runs head sizes up to {MAX_HEAD_DIM}, got {config.head_dim}"
+            )
         self.num_kv_heads = config.num_kv_heads
         self.group = config.num_heads // config.num_kv_heads
         self.head_dim = config.head_dim
@@ -114,8 +119,9 @@ class TritonAttention(AttentionBackend):
 def decode_tiles(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows and tokens of a tile, and launch options. On an H200 (head size 128, bfloat16) tiles of 32 or 128 tokens,
     2 warps or more stages are 3 to 15 % slower."""
-    tokens = 64 >> ((head_dim > 128) + (dtype == torch.float32))
-    return {"M": max(16, triton.next_power_of_2(group)), "N": tokens, "num_warps": 4, "num_stages": 2}
+    rows = max(16, triton.next_power_of_2(group))
+    tokens = 64 >> ((head_dim > 128) + (dtype == torch.float32) * (1 + (rows > 32)))
+    return {"M": rows, "N": tokens, "num_warps": 4, "num_stages": 2}
 
 
 def prefill_tiles(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, int]:
@@ -130,6 +136,8 @@ def prefill_tiles(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, in
 
 def split_decodes(context_lens: INT, num_lists: int, tile: int) -> list[INT]:
     """Cut the KV of decode rows into `num_lists` lists of equally many tiles.
+
+    An item has one member yet: rows that share blocks will attend to them together.
 
     Returns:
         bounds [num_lists + 1]: list p has the items bounds[p] … bounds[p+1]-1.

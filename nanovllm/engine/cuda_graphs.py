@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Numbers of rows to capture, ascending and at most an eighth apart from 16 on.
+    """Numbers of rows to capture, ascending, 8 apart and from 64 on at most an eighth.
 
     There is none of one row: torch.compile would make a variant of every layer for it.
     """

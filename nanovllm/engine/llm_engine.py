@@ -9,7 +9,7 @@ When N+1 is sampled, N is committed, so that every sampled sequence's history is
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ class LLMEngine:
         model_config = ModelConfig.from_folder(self.folder)
         self.model_config = replace(model_config, dtype=config.torch_dtype(model_config.dtype))
         self.max_model_len = min(config.max_model_len, self.model_config.max_len)
-        with _collector_paused():
+        with _on(config.torch_device), _collector_paused():
             self.runner: ModelRunner | None = ModelRunner(
                 config, self.model_config, self.folder, self.max_model_len
             )
@@ -76,14 +76,15 @@ class LLMEngine:
         """
         runner = self._runner()
         try:
-            step = self.scheduler.schedule()
-            launched = runner.forward(step) if step else None
-            counts = self._commit()
-            if step is not None and launched is not None and self.scheduler.has_unfinished:
-                self.in_flight = step, runner.sample(launched)
-            if not self.config.async_scheduling:
+            with _on(runner.device):
+                step = self.scheduler.schedule()
+                launched = runner.forward(step) if step else None
                 counts = self._commit()
-            return counts
+                if step is not None and launched is not None and self.scheduler.has_unfinished:
+                    self.in_flight = step, runner.sample(launched)
+                if not self.config.async_scheduling:
+                    counts = self._commit()
+                return counts
         except BaseException:
             self._reset()
             raise
@@ -144,6 +145,11 @@ class LLMEngine:
         except BaseException:
             self.close()
             raise
+
+
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    """Kernels, graphs and events are made on the current device: that it is the engine's own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm import attention
+from nanovllm import attention, kernels
 from nanovllm.config import Config, ModelConfig
 from nanovllm.engine.batch import INT, KVCache
 from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
@@ -90,15 +90,16 @@ class ModelRunner:
             config.attention_backend, model_config, self.device, config.kvcache_block_size
         )
         self.block_size = config.kvcache_block_size or self.backend.block_size
-        self.compiles = self.device.type == "cuda" and not config.enforce_eager
+        self.compiles = self.device.type == "cuda" and kernels.AVAILABLE and not config.enforce_eager
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             self._start_free, _ = torch.cuda.mem_get_info(self.device)
             self._start_reserved = torch.cuda.memory_reserved(self.device)
         num_rows = config.max_num_seqs + 1
-        blocks_per_row = -(-max_len // self.block_size)
+        num_positions = max(max_len, TOKEN_MULTIPLE)  # padding has positions too
+        blocks_per_row = -(-num_positions // self.block_size)
         with torch.device(self.device):
-            self.model = Decoder(model_config, self.backend, max_len)
+            self.model = Decoder(model_config, self.backend, num_positions)
             self.tables = DeviceTables(
                 block_tables=torch.zeros(num_rows, blocks_per_row, dtype=torch.int32),
                 last_token=torch.zeros(num_rows, dtype=torch.int32),
@@ -117,8 +118,7 @@ class ModelRunner:
                 if isinstance(module, Linear):
                     module.pack()
         if self.compiles:
-            for layer in self.model.layers:
-                layer.compile(dynamic=True)
+            self.model.compile_layers()
         self.graphs: DecodeGraphs | None = None
         sizes = graph_sizes(config.max_num_seqs) if self.compiles and self.backend.capturable else []
         self.kv_cache = self._new_kv_cache(1)  # until it is known how many fit
@@ -174,16 +174,14 @@ class ModelRunner:
         banned = [(i, token_id) for i, seq in special for token_id in seq.banned_token_ids]
         if banned:
             logits = ban(logits, upload(torch.tensor(banned).t(), self.device))
-        is_truncated = any(seq.params.is_truncated for _, seq in special)
-        if logits.is_cuda and not is_truncated:
-            from nanovllm.kernels.gumbel import gumbel_max
-
-            token_ids = gumbel_max(logits, rows, positions, self.tables.sampling, self.tables.last_token)
-        else:
-            is_random = any(seq.params.temperature > 0 for seq in sequences)
-            packed = self.tables.sampling[rows]
-            token_ids = sample(logits, SamplingBatch.unpack(packed, positions, is_random, is_truncated))
-            self.tables.last_token[rows] = token_ids.int()
+        batch = SamplingBatch(
+            self.tables.sampling,
+            rows,
+            positions,
+            is_random=any(seq.params.temperature > 0 for seq in sequences),
+            is_truncated=any(seq.params.is_truncated for _, seq in special),
+        )
+        token_ids = sample(logits, batch, self.tables.last_token)
         asked = self._logprobs(special, raw_logits, token_ids)
         token_ids = token_ids.to("cpu", non_blocking=True)
         asked = tuple(tensor.to("cpu", non_blocking=True) for tensor in asked)
@@ -324,6 +322,7 @@ class ModelRunner:
         """What graphs of `sizes` will take: one of the largest its memory, which all share, and each a little more."""
         if not sizes:
             return 0
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
         taken = []
         for few in (sizes[-1:], sizes[-3:]):

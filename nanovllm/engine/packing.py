@@ -24,13 +24,14 @@ class DeviceTables(NamedTuple):
 class Staging:
     """The way to the device: arrays are packed into pinned memory and sent in one copy, which nobody waits for.
 
-    Two host buffers take turns: when one is filled again, the step that was sent from it has been committed.
+    Two host buffers take turns: what was sent from one is there, nearly always, long before it is filled again.
     Arrays of the same sizes arrive at the same addresses, which is what a CUDA graph reads.
     """
 
     def __init__(self, capacity: int, device: torch.device):
         pin = device.type == "cuda"
         self.host = [torch.zeros(capacity, dtype=torch.int32, pin_memory=pin) for _ in range(2)]
+        self.sent = [torch.cuda.Event() for _ in self.host] if pin else []
         self.device = torch.zeros(capacity, dtype=torch.int32, device=device)
         self.turn = 0
 
@@ -38,6 +39,8 @@ class Staging:
         """Send groups of int32 arrays of any shapes; returns where each array will be on the device."""
         self.turn = 1 - self.turn
         host = self.host[self.turn]
+        if self.sent:
+            self.sent[self.turn].synchronize()
         buffer = host.numpy()
         views: list[list[Tensor]] = []
         end = 0
@@ -49,6 +52,8 @@ class Staging:
                 buffer[start:end] = array.reshape(-1)
                 views[-1].append(self.device[start:end].view(array.shape))
         self.device[:end].copy_(host[:end], non_blocking=True)
+        if self.sent:
+            self.sent[self.turn].record()
         return views
 
 

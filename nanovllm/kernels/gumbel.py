@@ -58,7 +58,7 @@ def mix32(x):
 
 @triton.jit
 def log(x):
-    """Within 2^-22, in two instructions."""
+    """Within 2^-22 absolutely, in two instructions."""
     if INTERPRETED:
         return tl.log(x)
     return libdevice.fast_logf(x)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nanovllm import kernels
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -29,38 +30,52 @@ def pack_sampling(params: SamplingParams, seed: int, vocab_size: int) -> NDArray
 class SamplingBatch:
     """How the next tokens of S sequences are drawn."""
 
-    temperature: Tensor  # [S] float32
-    top_p: Tensor  # [S] float32
-    min_p: Tensor  # [S] float32
-    top_k: Tensor  # [S] int32
-    seeds: Tensor  # [S] int64
+    sampling: Tensor  # [rows, 6] int32, see `pack_sampling`
+    rows: Tensor  # [S] int32, of `sampling`
     positions: Tensor  # [S], the index in the sequence of the token that is drawn
     is_random: bool  # some temperature is not 0
     is_truncated: bool  # some top_k, top_p or min_p is in use
 
-    @classmethod
-    def unpack(
-        cls, packed: Tensor, positions: Tensor, is_random: bool, is_truncated: bool
-    ) -> "SamplingBatch":
-        """From rows of `pack_sampling` [S, 6]."""
+    def unpack(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """temperature, top_p and min_p [S] float32, top_k [S] int32 and seeds [S] int64."""
+        packed = self.sampling.index_select(0, self.rows)
         temperature, top_p, min_p = packed.view(torch.float32)[:, :3].unbind(1)
-        seeds = packed.view(torch.int64)[:, 2]
-        return cls(temperature, top_p, min_p, packed[:, 3], seeds, positions, is_random, is_truncated)
+        return temperature, top_p, min_p, packed[:, 3], packed.view(torch.int64)[:, 2]
 
 
-def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """Draw a token for each row of logits [S, vocabulary]; int64 [S]. On a tie the lowest token id wins."""
+def sample(logits: Tensor, batch: SamplingBatch, last_token: Tensor) -> Tensor:
+    """Draw a token for each row of logits [S, vocabulary]; [S]. On a tie the lowest token id wins.
+
+    The tokens are also written to `last_token[batch.rows]`.
+    """
+    if batch.is_truncated:
+        logits = truncate_logits(logits, batch)
+    if logits.is_cuda and kernels.AVAILABLE:
+        from nanovllm.kernels.gumbel import gumbel_max
+
+        return gumbel_max(logits, batch.rows, batch.positions, batch.sampling, last_token)
+    token_ids = draw(logits, batch)
+    last_token[batch.rows] = token_ids.int()
+    return token_ids
+
+
+def draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """The Gumbel-max trick in plain PyTorch, the twin of `kernels.gumbel.gumbel_max`; int64 [S]."""
     if not batch.is_random:
         return logits.max(dim=-1).indices  # argmax takes 4 times as long on a CPU
-    temperature = batch.temperature.unsqueeze(1)
+    temperature, _, _, _, seeds = batch.unpack()
+    noise = gumbel_noise(seeds, batch.positions, logits.shape[1])
+    return torch.addcmul(logits.float(), noise, temperature.unsqueeze(1)).max(dim=-1).indices
+
+
+def truncate_logits(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """Logits in float32 without the tokens that each row's parameters leave out."""
+    temperature, top_p, min_p, top_k, _ = batch.unpack()
     logits = logits.float()
-    if batch.is_truncated:
-        # From the maximum down, so that a tiny temperature cannot overflow.
-        scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.masked_fill(temperature == 0, 1.0)
-        kept = truncate(scores, batch.min_p, batch.top_k, batch.top_p) > -torch.inf
-        logits = logits.masked_fill(~kept, -torch.inf)
-    noise = gumbel_noise(batch.seeds, batch.positions, logits.shape[1])
-    return torch.addcmul(logits, noise, temperature).max(dim=-1).indices
+    # From the maximum down, so that a tiny temperature cannot overflow.
+    scores = logits - logits.amax(dim=-1, keepdim=True)
+    scores = scores / temperature.masked_fill(temperature == 0, 1.0).unsqueeze(1)
+    return logits.masked_fill(truncate(scores, min_p, top_k, top_p) == -torch.inf, -torch.inf)
 
 
 def ban(logits: Tensor, banned: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ Module names are the checkpoints' names, so that the loader needs no table. The 
 paged KV; it does not know requests.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -86,6 +88,11 @@ class Decoder(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=config.dtype)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.run_layer: Callable[..., tuple[Tensor, Tensor]] = DecoderLayer.forward
+
+    def compile_layers(self) -> None:
+        """Compile what every layer runs, once for any number of tokens but one."""
+        self.run_layer = torch.compile(DecoderLayer.forward, dynamic=True)
 
     def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
         """Compute a step: hidden states [T, hidden] of its tokens, whose keys and values go to the layers' caches."""
@@ -93,7 +100,7 @@ class Decoder(nn.Module):
         residual = torch.zeros_like(x)
         rotary = self.rotary(batch.positions)
         for layer, cache in zip(self.layers, kv_cache, strict=True):
-            x, residual = layer(x, residual, rotary, cache, batch)
+            x, residual = self.run_layer(layer, x, residual, rotary, cache, batch)
         return residual + x
 
     def logits(self, hidden: Tensor) -> Tensor:
