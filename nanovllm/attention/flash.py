@@ -8,9 +8,10 @@ from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
-from nanovllm.attention.triton import MAX_HEAD_DIM, TritonAttention
+from nanovllm.attention.triton import MAX_HEAD_DIM
 from nanovllm.config import ModelConfig
 from nanovllm.engine.batch import INT, Batch
+from nanovllm.kernels.rotary_store import norm_rotate_store
 
 
 class SequenceTables(NamedTuple):
@@ -26,6 +27,7 @@ class FlashAttention(AttentionBackend):
 
     block_size = 256
     capturable = True
+    store = staticmethod(norm_rotate_store)
 
     def __init__(self, config: ModelConfig, device: torch.device, block_size: int | None):
         if device.type != "cuda":
@@ -50,8 +52,6 @@ class FlashAttention(AttentionBackend):
     def prepare(self, batch: Batch) -> SequenceTables:
         tables = batch.block_tables.index_select(0, batch.rows)
         return SequenceTables(tables, int(batch.query_lens.max()), int(batch.cpu_context_lens.max()))
-
-    store = TritonAttention.store
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
         shared: SequenceTables = batch.attention

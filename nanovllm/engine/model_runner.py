@@ -139,10 +139,10 @@ class ModelRunner:
         if step.chunks:
             num_padding = -step.num_prefill_tokens % TOKEN_MULTIPLE if self.compiles else 0
             chunks = pack_chunks(step.chunks, num_padding, self.backend)
-        ends = list(accumulate(chunk.num_tokens for chunk in step.chunks))
+        ends = accumulate(chunk.num_tokens for chunk in step.chunks)
         last_tokens = [end - 1 for end, chunk in zip(ends, step.chunks, strict=True) if chunk.is_sampled]
+        positions = step.context_lens + [c.start + c.num_tokens for c in step.chunks if c.is_sampled]
         sampled = step.sampled
-        positions = step.context_lens + [len(seq.token_ids) for seq in sampled[num_decodes:]]
         decode_views, update_views, chunk_views, sampled_views = self.staging.upload(
             decodes.arrays if decodes else [],  # first: where the graphs read them
             self._pack_updates(step),

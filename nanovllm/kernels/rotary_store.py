@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.engine.batch import Batch
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import Rotary
 
@@ -14,31 +15,20 @@ def norm_rotate_store(
     rotary: Rotary,
     k_cache: Tensor,
     v_cache: Tensor,
-    slot_mapping: Tensor,
+    batch: Batch,
 ) -> Tensor:
-    """As `AttentionBackend.store`; q is done in place, in float32 to the end, and returned as a view of qkv [T, H + 2 H_kv, D]."""
+    """As `AttentionBackend.store`; q is done in place, in float32 to the end, and returned as a view of qkv."""
     num_tokens, num_heads, head_dim = qkv.shape
     num_kv_heads = k_cache.shape[2]
-    q_norm, k_norm = norms if norms is not None else (None, None)
+    num_q_heads = num_heads - 2 * num_kv_heads
+    q_norm, k_norm, eps = (norms[0].weight, norms[1].weight, norms[0].eps) if norms else (qkv, qkv, 0.0)
     norm_rotate_store_kernel[(num_tokens,)](
-        qkv,
-        q_norm.weight if q_norm is not None else qkv,
-        k_norm.weight if k_norm is not None else qkv,
-        *rotary,
-        slot_mapping,
-        k_cache,
-        v_cache,
-        rotary[0].stride(0),
-        q_norm.eps if q_norm is not None else 0.0,
-        H=num_heads - 2 * num_kv_heads,
-        H_KV=num_kv_heads,
-        D=head_dim,
-        HEADS=triton.next_power_of_2(num_heads),
-        HALF=triton.next_power_of_2(head_dim // 2),
-        HAS_NORM=norms is not None,
+        qkv, q_norm, k_norm, *rotary, batch.slot_mapping, k_cache, v_cache, rotary[0].stride(0), eps,
+        H=num_q_heads, H_KV=num_kv_heads, D=head_dim, HEADS=triton.next_power_of_2(num_heads),
+        HALF=triton.next_power_of_2(head_dim // 2), HAS_NORM=norms is not None,
         num_warps=4 if num_heads * head_dim <= 4096 else 8,
-    )
-    return qkv[:, : num_heads - 2 * num_kv_heads]
+    )  # fmt: skip
+    return qkv[:, :num_q_heads]
 
 
 @triton.jit
