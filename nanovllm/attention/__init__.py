@@ -21,14 +21,15 @@ def select(
         ValueError: the backend is not installed, or runs no such model, device or `block_size`.
     """
     if name == "auto":
-        on_gpu = device.type == "cuda" and kernels.AVAILABLE and config.head_dim <= 256
+        on_gpu = device.type == "cuda" and kernels.AVAILABLE and config.head_dim <= kernels.MAX_HEAD_DIM
         name = "triton" if on_gpu else "reference"
     if name == "reference":
         return ReferenceAttention()
-    for package in ("triton", "flash_attn") if name == "flash-attn" else ("triton",):
-        if find_spec(package) is None:
+    installed = {"triton": kernels.AVAILABLE, "flash-attn": find_spec("flash_attn") is not None}
+    for package in ("triton", name):  # flash-attn stores with a Triton kernel
+        if not installed[package]:
             raise ValueError(
-                f"attention_backend={name!r} needs the package {package.replace('_', '-')}, which is not installed; "
+                f"attention_backend={name!r} needs the package {package}, which is not installed; "
                 "'auto' takes what is there"
             )
     if name == "triton":

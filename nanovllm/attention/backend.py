@@ -17,9 +17,8 @@ class AttentionBackend:
     """
 
     block_size = 16  # tokens in a KV block, unless the user asks for another
-    capturable = (
-        False  # whether decode rows may run in a CUDA graph: then nothing may depend on the values of lengths
-    )
+    # Whether decode rows may run in a CUDA graph: then no launch may depend on the values of lengths.
+    capturable = False
 
     def plan(self, is_decode: bool, query_lens: INT, context_lens: INT) -> list[INT]:
         """Arrays that the device needs for this step, made on the CPU; they arrive as `batch.plan`.

@@ -50,27 +50,25 @@ class ReferenceAttention(AttentionBackend):
         group = q.shape[1] // num_kv_heads
         q = q.unflatten(1, (num_kv_heads, group))  # [T, H_kv, G, D]
         out = torch.empty_like(q)
-        for part in batch.attention:
-            if isinstance(part, DecodeGroup):
-                shape = (len(part.mask), -1, num_kv_heads, head_dim)
-                k = k_cache.index_select(0, part.blocks).view(shape).transpose(1, 2)  # [R, H_kv, L, D]
-                v = v_cache.index_select(0, part.blocks).view(shape).transpose(1, 2)
-                out[part.rows] = F.scaled_dot_product_attention(q[part.rows], k, v, attn_mask=part.mask)
-            else:
-                start, end, context_len, blocks, mask = part
-                shape = (num_kv_heads, group, context_len, head_dim)
-                k = (
-                    k_cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)
-                )  # [H_kv, L, D]
-                v = v_cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)
-                attended = F.scaled_dot_product_attention(
-                    q[start:end].permute(1, 2, 0, 3),  # [H_kv, G, n, D]
-                    k.unsqueeze(1).expand(shape),
-                    v.unsqueeze(1).expand(shape),
-                    attn_mask=mask,
-                    is_causal=mask is None,
-                )
-                out[start:end] = attended.permute(2, 0, 1, 3)
+        if batch.is_decode:
+            for rows, blocks, mask in batch.attention:
+                shape = (len(mask), -1, num_kv_heads, head_dim)
+                k = k_cache.index_select(0, blocks).view(shape).transpose(1, 2)  # [R, H_kv, L, D]
+                v = v_cache.index_select(0, blocks).view(shape).transpose(1, 2)
+                out[rows] = F.scaled_dot_product_attention(q[rows], k, v, attn_mask=mask)
+            return out.flatten(1, 2)
+        for start, end, context_len, blocks, mask in batch.attention:
+            shape = (num_kv_heads, group, context_len, head_dim)
+            k = k_cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)  # [H_kv, L, D]
+            v = v_cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)
+            attended = F.scaled_dot_product_attention(
+                q[start:end].permute(1, 2, 0, 3),  # [H_kv, G, n, D]
+                k.unsqueeze(1).expand(shape),
+                v.unsqueeze(1).expand(shape),
+                attn_mask=mask,
+                is_causal=mask is None,
+            )
+            out[start:end] = attended.permute(2, 0, 1, 3)
         return out.flatten(1, 2)
 
     def _decode_groups(self, batch: Batch) -> list[DecodeGroup]:

@@ -336,17 +336,20 @@ class ModelRunner:
 
     def _run_largest_steps(self, config: Config, max_len: int) -> None:
         """Run the steps that take the most memory, on row 0 and block 0: longest prompts, then most sequences."""
-        budget = config.max_num_batched_tokens
-        for params in (SamplingParams(), SamplingParams(top_p=0.9, logprobs=0)):
-            prompts, decodes = Step(), Step()
-            num_tokens = budget
-            while num_tokens and len(prompts.chunks) < config.max_num_seqs:
-                seq = Sequence(0, [0] * min(num_tokens, max_len), params, seed=0, max_tokens=1)
-                prompts.chunks.append(ScheduledChunk(seq, 0, len(seq.token_ids), is_sampled=True))
-                num_tokens -= len(seq.token_ids)
-            for _ in range(min(config.max_num_seqs, budget)):
-                decodes.decodes.append(Sequence(0, [0], params, seed=0, max_tokens=1))
-                decodes.context_lens.append(max_len)
-            for step in (prompts, decodes):
-                self.sample(self.forward(step))
-                self.synchronize()
+        plain, demanding = SamplingParams(), SamplingParams(top_p=0.9, logprobs=0)
+        prompts, decodes = Step(), Step()
+        num_tokens = config.max_num_batched_tokens
+        while num_tokens and len(prompts.chunks) < config.max_num_seqs:
+            seq = Sequence(0, [0] * min(num_tokens, max_len), plain, seed=0, max_tokens=1)
+            prompts.chunks.append(ScheduledChunk(seq, 0, len(seq.token_ids), is_sampled=True))
+            num_tokens -= len(seq.token_ids)
+        for _ in range(min(config.max_num_seqs, config.max_num_batched_tokens)):
+            decodes.decodes.append(Sequence(0, [0], plain, seed=0, max_tokens=1))
+            decodes.context_lens.append(max_len)
+        for step in (prompts, decodes):
+            launched = self.forward(step)
+            self.sample(launched)
+            sequences = [Sequence(0, [0], demanding, seed=0, max_tokens=1) for _ in launched.sequences]
+            self.sample(launched._replace(sequences=sequences))
+            del launched  # its logits are not there while the next step runs
+            self.synchronize()

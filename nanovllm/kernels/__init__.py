@@ -3,3 +3,4 @@
 from importlib.util import find_spec
 
 AVAILABLE = find_spec("triton") is not None  # the modules here import it
+MAX_HEAD_DIM = 256  # of attention, flash-attn's too

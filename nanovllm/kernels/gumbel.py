@@ -1,4 +1,4 @@
-"""Gumbel-max sampling in one pass over the logits. The twin is `layers.sampler.sample` without truncation."""
+"""Gumbel-max sampling in one pass over the logits. The twin is `layers.sampler.draw`."""
 
 import torch
 import triton

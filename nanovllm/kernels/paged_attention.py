@@ -91,19 +91,8 @@ def decode_kernel(
                     tl.store(arrival, 0)
                     first_part = tl.load(members + (first + i) * 4 + 2).to(tl.int64)
                     merge_parts(
-                        partial_out,
-                        partial_lse,
-                        out_ptr,
-                        row,
-                        first_part,
-                        num_row_parts,
-                        h,
-                        H_KV,
-                        G,
-                        D,
-                        DP,
-                        M,
-                    )
+                        partial_out, partial_lse, out_ptr, row, first_part, num_row_parts, h, H_KV, G, D, DP, M
+                    )  # fmt: skip
 
 
 @triton.jit
