@@ -1,7 +1,7 @@
 """nanovllm: offline LLM inference for batches of prompts, small enough to read in an evening."""
 
 from nanovllm.llm import LLM
-from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+from nanovllm.outputs import CompletionOutput, Increment, Logprob, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "Increment", "Logprob", "RequestOutput", "SamplingParams"]

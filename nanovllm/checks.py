@@ -1,7 +1,7 @@
 """Checks of what users pass in: every error names the parameter, the value and what is allowed."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -38,3 +38,20 @@ def check_float(
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_list(name: str, value: Any, kind: str) -> tuple[Any, ...]:
+    """The entries of a list of `kind`: "token ids", "non-empty texts" or "functions"."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a list of {kind} or None, got {value!r}")
+    for i, entry in enumerate(value):
+        if kind == "token ids":
+            check_int(f"{name}[{i}]", entry, 0)
+        elif kind == "functions":
+            if not callable(entry):
+                raise TypeError(f"{name}[{i}] must be a function, got {entry!r}")
+        elif not isinstance(entry, str):
+            raise TypeError(f"{name}[{i}] must be a text, got {entry!r}")
+        elif not entry:
+            raise ValueError(f"{name}[{i}] must be a non-empty text, got {entry!r}")
+    return tuple(value)

@@ -5,6 +5,7 @@
 
 import difflib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -35,7 +36,9 @@ class Config:
         num_kvcache_blocks: blocks in the pool, one of which is never handed out; -1 takes what memory allows.
         device: "auto" (CUDA if there is a GPU), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
-        attention_backend: "reference" (plain PyTorch), "triton", "flash-attn", or "auto": the fastest that is there.
+        attention_backend: "reference" (plain PyTorch), "triton", "flash-attn", or "auto": the fastest that is there; or an
+            `nanovllm.attention.AttentionBackend` of one's own.
+        model_class: a `nanovllm.models.decoder.Decoder` of one's own; None is that one.
         enable_prefix_caching: share the KV of equal prefixes between requests.
         async_scheduling: plan and launch a step while the tokens of the one before are on their way.
         load_format: "auto" (safetensors) or "dummy" (random weights in the shape that config.json says).
@@ -58,7 +61,8 @@ class Config:
     num_kvcache_blocks: int = -1
     device: str | torch.device = "auto"
     dtype: str | torch.dtype = "auto"
-    attention_backend: str = "auto"
+    attention_backend: Any = "auto"
+    model_class: type | None = None
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
     load_format: str = "auto"
@@ -107,7 +111,10 @@ class Config:
             check_choice("dtype", self.dtype, ("auto", *DTYPES))
         elif self.dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}; got {self.dtype}")
-        check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        if not callable(getattr(self.attention_backend, "attend", None)):  # one of the user's own
+            check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        if not isinstance(self.model_class, type | None):
+            raise TypeError(f"model_class must be a class or None, got {self.model_class!r}")
         check_choice("load_format", self.load_format, ("auto", "dummy"))
         if self.seed is not None:
             check_int("seed", self.seed, -(2**63), 2**63 - 1, also=" or None")
@@ -276,19 +283,18 @@ class ModelConfig:
         )
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "ModelConfig":
-        """Read `config.json`, and the end-of-sequence tokens of `generation_config.json` where there are any."""
+    def from_folder(cls, folder: Path, read: Callable[[Any], "ModelConfig"]) -> "ModelConfig":
+        """Have `config.json` read, and read the end-of-sequence tokens of `generation_config.json` where there are any."""
         if not (folder / "config.json").is_file():
             raise ValueError(f"model folder {str(folder)!r} has no config.json")
-        model_type = read_json(folder / "config.json").get("model_type")
-        check_choice("model_type of the checkpoint", model_type, tuple(ARCHITECTURES))
+        read_json(folder / "config.json")
         try:
             hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # transformers checks values too, and raises what it likes
             raise ValueError(
                 f"{str(folder / 'config.json')!r} is refused by transformers: {error}"
             ) from error
-        config = cls.from_hf(hf)
+        config = read(hf)
         generation_config = folder / "generation_config.json"
         if generation_config.is_file():
             eos = token_id_set(read_json(generation_config).get("eos_token_id"))

@@ -3,6 +3,7 @@
 import random
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import count
@@ -14,14 +15,16 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nanovllm.config import Config, token_id_set
+from nanovllm.config import Config, read_json, token_id_set
+from nanovllm.detokenizer import Detokenizer
 from nanovllm.engine.llm_engine import LLMEngine, StepCounts
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models.loader import resolve_model
-from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.outputs import CompletionOutput, Increment, Logprob, RequestMetrics, RequestOutput
 from nanovllm.prompts import Prompt, check_request, parse_requests
 from nanovllm.sampling_params import SamplingParams
 
+Message = Mapping[str, Any]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -63,31 +66,100 @@ class LLM:
             BaseException: whatever happens in the middle, Ctrl-C included, with `outputs` on it: a list in the
                 prompts' order of what had finished, None for the rest. The LLM can be used again.
         """
-        requests = self._make_sequences(prompts, sampling_params)
-        places = {seq.seq_id: i for i, seq in enumerate(requests)}
+        requests = self._make_requests(prompts, sampling_params)
+        places = {request[0].request_id: i for i, request in enumerate(requests)}
         outputs: list[RequestOutput | None] = [None] * len(requests)
+
+        def collect() -> int:
+            """Move what finished into `outputs`, but for what waits for `step()`; returns the number of requests."""
+            num_done = 0
+            for seq in self.engine.take_finished(places.keys()):
+                i = places[seq.request_id]
+                if all(sample.is_finished for sample in requests[i]):
+                    outputs[i] = self._make_output(requests[i])
+                    num_done += 1
+            return num_done
+
         try:
-            for seq in requests:
-                self.engine.add(seq)
+            self._start(requests)
             num_done = 0
             with _ProgressBar(len(requests), use_tqdm) as bar:
                 while num_done < len(requests) and not self.engine.is_idle:
                     counts = self.engine.step()
-                    num_finished = self._collect(places, outputs)
-                    num_done += num_finished
-                    bar.update(num_finished, counts, self.engine)
+                    num_new = collect()
+                    num_done += num_new
+                    bar.update(num_new, counts, self.engine)
         except BaseException as error:
-            self._collect(places, outputs)
+            collect()
             self.engine.abort(set(places))
             error.outputs = outputs  # type: ignore[attr-defined]
             raise
         return [output for output in outputs if output is not None]
 
+    def chat(
+        self,
+        conversations: Seq[Message] | Seq[Seq[Message]],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer conversations, one or a list of them, each a list of {"role": …, "content": …}.
+
+        Args:
+            template_options: of the tokenizer's `apply_chat_template` and of the model's own chat template:
+                `add_generation_prompt` (True), `continue_final_message`, `tools`, `chat_template`, `enable_thinking` …;
+                vLLM's `chat_template_kwargs` is taken too.
+
+        Raises:
+            TypeError, ValueError: as `generate`; no chat template, or one that refuses the conversation.
+        """
+        if not isinstance(conversations, Seq) or isinstance(conversations, str):
+            raise TypeError(
+                f"conversations must be a list of messages or of conversations, got {conversations!r}"
+            )
+        is_one = len(conversations) > 0 and isinstance(conversations[0], Mapping)
+        options = {"add_generation_prompt": True} | template_options | {"tokenize": False}
+        options |= options.pop("chat_template_kwargs", None) or {}
+        prompts = []
+        for i, conversation in enumerate([conversations] if is_one else conversations):
+            try:
+                text = self.tokenizer.apply_chat_template(conversation, **options)
+            except Exception as error:  # a template is a program, and raises what it likes
+                raise ValueError(f"conversations[{i}] is refused by the chat template: {error}") from error
+            token_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def stream(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+    ) -> Iterator[Increment]:
+        """As `generate`, step by step: an iterator of what is new. Leaving it drops what is not finished."""
+        return self._increments(self._make_requests(prompts, sampling_params, is_stream=True))
+
+    def _increments(self, requests: list[list[Sequence]]) -> Iterator[Increment]:
+        request_ids = {request[0].request_id for request in requests}
+        running = [(i, j, seq) for i, request in enumerate(requests) for j, seq in enumerate(request)]
+        seen = {seq.seq_id: 0 for _, _, seq in running}
+        try:
+            self._start(requests)
+            while running:
+                self.engine.step()
+                self.engine.take_finished(request_ids)
+                for i, j, seq in running:
+                    start, seen[seq.seq_id] = seen[seq.seq_id], seq.num_completion_tokens
+                    if start < seq.num_completion_tokens:
+                        yield self._increment(seq, i, j, start)
+                running = [(i, j, seq) for i, j, seq in running if not seq.is_finished]
+        finally:
+            self.engine.abort(request_ids)
+
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue one prompt for `step()`; returns its request id. Errors as in `generate`."""
-        (seq,) = self._make_sequences([prompt], sampling_params)
-        self.engine.add(seq)
-        return seq.seq_id
+        (request,) = requests = self._make_requests([prompt], sampling_params)
+        self._start(requests)
+        return request[0].request_id
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
         """One turn of the engine: ([(request id, completion token ids) that finished], number of tokens).
@@ -96,8 +168,8 @@ class LLM:
         prompt tokens. An exception drops every unfinished request, and the LLM can be used again.
         """
         counts = self.engine.step()
-        outputs = [(seq_id, seq.completion_token_ids) for seq_id, seq in self.engine.finished.items()]
-        self.engine.finished.clear()
+        finished = self.engine.take_finished()
+        outputs = [(seq.request_id, seq.completion_token_ids) for seq in finished]
         return outputs, counts.num_prefill_tokens or -counts.num_decode_tokens
 
     def is_finished(self) -> bool:
@@ -108,6 +180,19 @@ class LLM:
         """Drop a request: `step()` will not return it. One that is finished or unknown is passed over."""
         self.engine.abort({request_id})
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json recommends."""
+        file = self.engine.folder / "generation_config.json"
+        recommended = read_json(file) if file.is_file() else {}
+        names = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+        names |= {"max_new_tokens": "max_tokens"}
+        given = {name: recommended[hf_name] for hf_name, name in names.items() if hf_name in recommended}
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what is cached, so that no later request shares it."""
+        self.engine.scheduler.block_manager.forget_all()
+
     def stats(self) -> dict[str, Any]:
         """Size and use of the KV pool, and counts since the start (prefix cache in tokens, preemptions)."""
         return self.engine.stats()
@@ -116,13 +201,17 @@ class LLM:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded when it is first asked for; ValueError if the folder has none."""
         if self._tokenizer is None:
-            folder = self._tokenizer_folder()
-            if not _has_tokenizer(folder):
+            folder = self._tokenizer_folder
+            if not self._has_tokenizer:
                 raise ValueError(
                     f"{str(folder)!r} has no tokenizer: pass prompts as token ids, or LLM(tokenizer=...)"
                 )
             self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return self._tokenizer
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """vLLM's name of `tokenizer`."""
+        return self.tokenizer
 
     def close(self) -> None:
         """Free the weights and the KV pool. The LLM cannot be used afterwards."""
@@ -140,77 +229,121 @@ class LLM:
         if "engine" in self.__dict__ and not sys.is_finalizing():
             self.close()
 
-    def _make_sequences(
-        self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None
-    ) -> list[Sequence]:
-        """Validate everything that a call asks for, before anything runs."""
-        requests = parse_requests(prompts, sampling_params)
-        texts = [request.text for request in requests if request.token_ids is None]
+    def _make_requests(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None,
+        is_stream: bool = False,
+    ) -> list[list[Sequence]]:
+        """Validate everything that a call asks for, before anything runs; the sequences of each request, `n` of them."""
+        parsed = parse_requests(prompts, sampling_params)
+        texts = [request.text for request in parsed if request.token_ids is None]
         tokenized = iter(self.tokenizer(texts, verbose=False)["input_ids"] if texts else [])
-        eos_token_ids = self._find_eos_token_ids() if requests else frozenset()
+        eos_token_ids = self._find_eos_token_ids() if parsed else frozenset()
         vocab_size, max_len = self.engine.model_config.vocab_size, self.engine.max_model_len
-        sequences = []
-        for name, text, token_ids, params in requests:
+        requests = []
+        for name, text, token_ids, params in parsed:
             token_ids = next(tokenized) if token_ids is None else token_ids
-            check_request(name, token_ids, params, vocab_size, max_len)
+            check_request(name, token_ids, params, vocab_size, max_len, eos_token_ids)
             seed = self._random.getrandbits(63) if params.seed in (None, -1) else params.seed
-            max_tokens = min(params.max_tokens, max_len - len(token_ids))
-            sequences.append(
-                Sequence(next(self._ids), token_ids, params, seed, max_tokens, eos_token_ids, text)
-            )
-        return sequences
+            request_id = next(self._ids)
+            samples = []
+            for i in range(params.n):
+                seq = Sequence(
+                    seq_id=next(self._ids),
+                    request_id=request_id,
+                    token_ids=list(token_ids),
+                    # one that does not depend on n, the same in every process
+                    seed=seed if i == 0 else random.Random(f"{seed}, sample {i}").getrandbits(63),
+                    params=params if i == 0 else replace(params, prompt_logprobs=None),
+                    max_tokens=min(params.max_tokens, max_len - len(token_ids)),
+                    eos_token_ids=eos_token_ids,
+                    prompt=text,
+                )
+                if params.stop or (is_stream and params.detokenize and self._has_tokenizer):
+                    seq.detokenizer = Detokenizer(self.tokenizer, params)
+                samples.append(seq)
+            requests.append(samples)
+        return requests
 
+    def _start(self, requests: list[list[Sequence]]) -> None:
+        for request in requests:
+            for seq in request:
+                self.engine.add(seq)
+
+    @property
     def _tokenizer_folder(self) -> Path:
         return self.engine.folder if self.config.tokenizer is None else resolve_model(self.config.tokenizer)
+
+    @property
+    def _has_tokenizer(self) -> bool:
+        return any((self._tokenizer_folder / name).is_file() for name in TOKENIZER_FILES)
 
     def _find_eos_token_ids(self) -> frozenset[int]:
         """Every end-of-sequence token: the checkpoint's, and the tokenizer's where there is one."""
         if self._eos_token_ids is None:
             ids = self.engine.model_config.eos_token_ids
-            if _has_tokenizer(self._tokenizer_folder()):
+            if self._has_tokenizer:
                 ids |= token_id_set(self.tokenizer.eos_token_id)
             self._eos_token_ids = ids
         return self._eos_token_ids
 
-    def _collect(self, places: dict[int, int], outputs: list[RequestOutput | None]) -> int:
-        """Move the finished sequences that have a place into `outputs`; returns how many. Others stay for `step()`."""
-        finished = [seq_id for seq_id in self.engine.finished if seq_id in places]
-        for seq_id in finished:
-            outputs[places[seq_id]] = self._make_output(self.engine.finished.pop(seq_id))
-        return len(finished)
-
-    def _make_output(self, seq: Sequence) -> RequestOutput:
-        token_ids = seq.completion_token_ids
-        logprobs = None
-        if seq.params.logprobs is not None:
-            logprobs = [
-                {
-                    token_id: replace(p, decoded_token=self._decode([token_id]))
-                    for token_id, p in candidates.items()
-                }
-                for candidates in seq.logprobs
-            ]
-        completion = CompletionOutput(
-            index=0,
-            text=self._decode(
-                token_ids[:-1] if seq.finish_reason == "stop" else token_ids, skip_special_tokens=True
-            ),
-            token_ids=token_ids,
-            finish_reason=seq.finish_reason,
-            stop_reason=seq.stop_reason,
-            cumulative_logprob=seq.cumulative_logprob if logprobs is not None else None,
-            logprobs=logprobs,
-        )
-        prompt_token_ids = seq.token_ids[: seq.num_prompt_tokens]
+    def _make_output(self, samples: list[Sequence]) -> RequestOutput:
+        first = samples[0]
+        prompt_logprobs = None
+        if first.params.prompt_logprobs is not None:
+            prompt_logprobs = [self._name(candidates) for candidates in first.prompt_logprobs]
         return RequestOutput(
-            seq.seq_id, seq.prompt, prompt_token_ids, [completion], seq.num_cached_tokens or 0
+            request_id=first.request_id,
+            prompt=first.prompt,
+            prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
+            outputs=[CompletionOutput(**self._completion(seq, i)) for i, seq in enumerate(samples)],
+            num_cached_tokens=first.num_cached_tokens or 0,
+            prompt_logprobs=prompt_logprobs,
+            metrics=RequestMetrics(
+                first.arrival_time,
+                min(seq.first_token_time for seq in samples),
+                max(seq.finished_time for seq in samples),
+            ),
         )
+
+    def _increment(self, seq: Sequence, prompt_index: int, index: int, start: int) -> Increment:
+        completion = self._completion(seq, index, start)
+        if seq.detokenizer is not None:
+            completion["text"] = seq.detokenizer.take(completion["text"] if seq.is_finished else None)
+        return Increment(**completion, prompt_index=prompt_index)
+
+    def _completion(self, seq: Sequence, index: int, start: int = 0) -> dict[str, Any]:
+        """The fields of a CompletionOutput, with tokens from `start` on, and all of the text if it is finished."""
+        params, token_ids = seq.params, seq.completion_token_ids
+        asks = params.logprobs is not None
+        text = ""
+        if isinstance(seq.stop_reason, str):
+            text = seq.detokenizer.text if seq.detokenizer is not None else ""
+        elif seq.is_finished and params.detokenize:
+            is_cut = seq.finish_reason == "stop" and not params.include_stop_str_in_output
+            text = self._decode(token_ids[:-1] if is_cut else token_ids, params.skip_special_tokens)
+        return {
+            "index": index,
+            "text": text,
+            "token_ids": token_ids[start:],
+            "finish_reason": seq.finish_reason,
+            "stop_reason": seq.stop_reason,
+            "cumulative_logprob": seq.cumulative_logprob if asks else None,
+            "logprobs": [self._name(c) for c in seq.logprobs[start:]] if asks else None,
+        }
+
+    def _name(self, candidates: dict[int, Logprob] | None) -> Any:
+        """With the tokens' texts."""
+        if candidates is None:
+            return None
+        return {t: replace(p, decoded_token=self._decode([t])) for t, p in candidates.items()}
 
     def _decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
         """Their text; empty if there is no tokenizer."""
-        if self._tokenizer is None:
+        if not token_ids or not self._has_tokenizer:
             return ""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
 
 class _ProgressBar:
@@ -242,7 +375,3 @@ class _ProgressBar:
     def _show(self, counts: StepCounts, seconds: float, **more: str) -> None:
         prefill, decode = counts.num_prefill_tokens / seconds, counts.num_decode_tokens / seconds
         self.bar.set_postfix(prefill=f"{prefill:.0f}tok/s", decode=f"{decode:.0f}tok/s", **more)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)

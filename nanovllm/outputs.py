@@ -1,4 +1,4 @@
-"""What generate() returns: vLLM's RequestOutput and CompletionOutput."""
+"""What comes out: vLLM's RequestOutput and CompletionOutput, and the increments of a stream."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,29 +19,51 @@ class Logprob:
 class CompletionOutput:
     """One completion of a request.
 
-    `token_ids` holds every token drawn, the stop token included; `text` leaves out special tokens and the token
-    that stopped it. `stop_reason` is the one of `stop_token_ids` that was drawn; it is None after an
-    end-of-sequence token. `logprobs` has one dict for each token.
+    `token_ids` holds every token drawn, the stop token included; `text` leaves out special tokens and what stopped it,
+    unless the request wants them. `stop_reason` is the stop string, or the one of `stop_token_ids`, that stopped it; it is
+    None after an end-of-sequence token. `logprobs` has one dict for each token.
     """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
 
 
 @dataclass(slots=True)
+class Increment(CompletionOutput):
+    """What a step added to a completion in a stream: the text and the tokens that are new. The last one of a completion
+    has its `finish_reason`. `text` never ends within a character; it may be empty."""
+
+    prompt_index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """When a request was queued, had its first token, and was finished: seconds since the epoch."""
+
+    arrival_time: float
+    first_token_time: float
+    finished_time: float
+
+
+@dataclass(slots=True)
 class RequestOutput:
-    """A finished request. `output["text"]` and the like read the first completion, as nano-vllm's users write."""
+    """A finished request. `output["text"]` and the like read the first completion, as nano-vllm's users write.
+
+    `prompt_logprobs` has None for the first token of the prompt, then a dict for each.
+    """
 
     request_id: int
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    num_cached_tokens: int = 0
+    num_cached_tokens: int
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    metrics: RequestMetrics
     finished: bool = True
 
     def __getitem__(self, name: str) -> Any:

@@ -32,7 +32,12 @@ def parse_requests(
 
 
 def check_request(
-    name: str, token_ids: list[int], params: SamplingParams, vocab_size: int, max_len: int
+    name: str,
+    token_ids: list[int],
+    params: SamplingParams,
+    vocab_size: int,
+    max_len: int,
+    eos_token_ids: frozenset[int],
 ) -> None:
     """Raise unless a model of this vocabulary and length can run the request."""
     if not token_ids:
@@ -45,10 +50,18 @@ def check_request(
             f"{name} has {len(token_ids)} tokens, which leaves no room for a completion: prompt and completion "
             f"together have at most max_model_len={max_len}"
         )
-    for token_id in params.stop_token_ids or ():
-        check_int(f"stop_token_ids of {name}", token_id, 0, vocab_size - 1)
-    if params.logprobs is not None:
-        check_int(f"logprobs of {name}", params.logprobs, -1, vocab_size)
+    for option in "stop_token_ids", "allowed_token_ids", "logit_bias":
+        for token_id in getattr(params, option) or ():
+            check_int(f"{option} of {name}", token_id, 0, vocab_size - 1)
+    for option in "logprobs", "prompt_logprobs":
+        if getattr(params, option) is not None:
+            check_int(f"{option} of {name}", getattr(params, option), -1, vocab_size)
+    stop_token_ids = eos_token_ids.union(params.stop_token_ids or ())
+    if params.min_tokens and stop_token_ids.issuperset(params.allowed_token_ids or (-1,)):
+        raise ValueError(
+            f"allowed_token_ids of {name} are stop tokens, which min_tokens={params.min_tokens} bans, "
+            f"got {list(params.allowed_token_ids or ())}"
+        )
 
 
 def _as_list(prompts: Any) -> list[Any]:

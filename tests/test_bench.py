@@ -36,7 +36,7 @@ SMALL = {"vocab_size": 10001}  # the prompts' ids have to be in the vocabulary
 
 def shape_config(name, folder):
     bench.SHAPES[name].save(folder)
-    return ModelConfig.from_folder(folder)
+    return ModelConfig.from_folder(folder, ModelConfig.from_hf)
 
 
 def lens(workload):

@@ -417,7 +417,7 @@ def test_eos_tokens_are_the_generation_configs_or_else_the_configs(
     new_config(eos_token_id=eos).save_pretrained(tmp_path)
     if generation_eos != "no file":
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}))
-    assert ModelConfig.from_folder(tmp_path).eos_token_ids == expected
+    assert ModelConfig.from_folder(tmp_path, ModelConfig.from_hf).eos_token_ids == expected
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_eos_tokens_are_the_generation_configs_or_else_the_configs(
 )
 def test_a_folders_config_is_what_was_saved_there(tmp_path: Path, hf: Any) -> None:
     hf.save_pretrained(tmp_path)
-    assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_hf(hf)
+    assert ModelConfig.from_folder(tmp_path, ModelConfig.from_hf) == ModelConfig.from_hf(hf)
 
 
 def test_the_old_spelling_is_read_from_a_folder_too(tmp_path: Path) -> None:
@@ -434,12 +434,12 @@ def test_the_old_spelling_is_read_from_a_folder_too(tmp_path: Path) -> None:
     )
     (tmp_path / "config.json").write_text(json.dumps(old))
     expected = ModelConfig.from_hf(new_config({"rope_type": "linear", "factor": 2.0}, eos_token_id=2))
-    assert ModelConfig.from_folder(tmp_path) == expected
+    assert ModelConfig.from_folder(tmp_path, ModelConfig.from_hf) == expected
 
 
 def test_a_folder_without_config_json_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"'{tmp_path}' has no config\.json"):
-        ModelConfig.from_folder(tmp_path)
+        ModelConfig.from_folder(tmp_path, ModelConfig.from_hf)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
@@ -448,7 +448,7 @@ def test_a_damaged_config_is_named(tmp_path: Path, name: str, content: bytes) ->
     new_config().save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"'{re.escape(str(tmp_path / name))}' is damaged"):
-        ModelConfig.from_folder(tmp_path)
+        ModelConfig.from_folder(tmp_path, ModelConfig.from_hf)
 
 
 @pytest.mark.parametrize(
@@ -466,14 +466,14 @@ def test_what_transformers_refuses_in_a_folder_is_a_value_error_too(
     """It has checks of its own, which raise KeyError and more."""
     (tmp_path / "config.json").write_text(json.dumps({**TINY, "model_type": "llama", **wrong}))
     with pytest.raises(ValueError, match=name):
-        ModelConfig.from_folder(tmp_path)
+        ModelConfig.from_folder(tmp_path, ModelConfig.from_hf)
 
 
 @pytest.mark.parametrize("config", [{"model_type": "no_such_model"}, {"model_type": "mistral"}, {}])
 def test_a_folder_of_another_model_type_is_refused_by_name(tmp_path: Path, config: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"model_type of the checkpoint .*got {config.get('model_type')!r}"):
-        ModelConfig.from_folder(tmp_path)
+        ModelConfig.from_folder(tmp_path, ModelConfig.from_hf)
 
 
 def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
@@ -482,7 +482,7 @@ def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == auto_map
     ran = tmp_path / "ran"
     (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nraise SystemExit\n")
-    assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_hf(new_config())
+    assert ModelConfig.from_folder(tmp_path, ModelConfig.from_hf) == ModelConfig.from_hf(new_config())
     assert not ran.exists()
 
 

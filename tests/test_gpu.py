@@ -57,7 +57,7 @@ def test_nothing_synchronises_between_planning_and_sampling(options, tiny_model)
         *PARAMS[1:],
     ]
     llm.generate(PROMPTS, params, use_tqdm=False)  # lazy initialisation may wait
-    for seq in llm._make_sequences(PROMPTS, params):
+    for seq in [s for (s,) in llm._make_requests(PROMPTS, params)]:
         llm.engine.add(seq)
     engine = llm.engine
     while not llm.is_finished():

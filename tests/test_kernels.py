@@ -21,6 +21,8 @@ from nanovllm.engine.packing import int32
 from nanovllm.kernels.gumbel import gumbel_max
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import RopeConfig, RotaryEmbedding
+from nanovllm.kernels import truncation
+from nanovllm.layers import sampler
 from nanovllm.layers.sampler import SamplingBatch, gumbel_noise, pack_sampling
 from nanovllm.sampling_params import SamplingParams
 
@@ -210,7 +212,7 @@ def test_gumbel_max(dtype, temperature, device):
     rows = torch.tensor([4, 1, 2], dtype=torch.int32, device=device)
     positions = torch.tensor([0, 9, 1000], dtype=torch.int32, device=device)
     last_token = torch.full((5,), -1, dtype=torch.int32, device=device)
-    drawn = gumbel_max(logits, rows, positions, sampling, last_token).long()
+    drawn = gumbel_max(logits, None, rows, positions, sampling, last_token).long()
     seeds = SamplingBatch(sampling, rows, positions, True, False).unpack()[-1]
     scores = logits.float() + gumbel_noise(seeds, positions, vocab_size) * temperature
     best = scores.max(-1).values
@@ -219,3 +221,49 @@ def test_gumbel_max(dtype, temperature, device):
     assert (last_token[[0, 3]] == -1).all()
     if temperature == 0:
         assert drawn.tolist() == logits.float().max(-1).indices.tolist() == [77, 77, 77]
+
+
+def test_gumbel_max_passes_over_what_is_below_the_least(device):
+    logits = torch.tensor([[1.0, 9.0, 2.0, 3.0]], device=device).repeat(50, 1)
+    packed = [pack_sampling(SamplingParams(temperature=5.0), i, 4) for i in range(50)]
+    sampling = torch.from_numpy(np.array(packed)).to(device)
+    rows = torch.arange(50, dtype=torch.int32, device=device)
+    least = torch.full((50,), 2.0, device=device)
+    drawn = gumbel_max(logits, least, rows, rows, sampling, torch.zeros_like(rows))
+    assert set(drawn.tolist()) == {1, 2, 3}
+
+
+TRUNCATIONS = [
+    {},
+    {"temperature": 0.0, "top_k": 3},
+    {"top_k": 1},
+    {"top_k": 50, "top_p": 0.9},
+    {"top_k": 4999},
+    {"top_p": 0.9},
+    {"top_p": 1e-6},
+    {"top_p": 0.9999, "temperature": 3.0},
+    {"min_p": 0.2},
+    {"min_p": 1.0, "top_k": 7},
+    {"temperature": 1e-40, "top_p": 0.5},
+    {"temperature": 0.6, "min_p": 0.01, "top_k": 20, "top_p": 0.8},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.01, 3.0, 1000.0])
+def test_least_kept(dtype, spread, device):
+    """The threshold is the twin's: a logit of the row, with all of its ties."""
+    if dtype == torch.float16 and spread == 1000.0:
+        spread = 100.0
+    torch.manual_seed(0)
+    vocab_size = 5000
+    logits = (torch.randn(len(TRUNCATIONS), vocab_size) * spread).to(device, dtype)
+    logits[:, 100:120] = -torch.inf  # banned
+    packed = [pack_sampling(SamplingParams(**params), 0, vocab_size) for params in TRUNCATIONS]
+    sampling = torch.from_numpy(np.array(packed)).to(device)
+    rows = torch.arange(len(TRUNCATIONS), dtype=torch.int32, device=device)
+    ours = truncation.least_kept(logits, rows, sampling)
+    twin = sampler.least_kept(logits, SamplingBatch(sampling, rows, rows, True, True))
+    uses = torch.tensor([SamplingParams(**params).is_truncated for params in TRUNCATIONS], device=device)
+    assert torch.equal(ours[uses], twin[uses])
+    assert (ours[~uses] == -torch.inf).all()

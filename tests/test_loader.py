@@ -93,7 +93,11 @@ def opened() -> Iterator[set[str]]:
 
 def new_decoder(folder: Path, **changes: Any) -> Decoder:
     """A decoder for the checkpoint, all NaN: what is not filled shows."""
-    decoder = Decoder(replace(ModelConfig.from_folder(folder), **changes), ReferenceAttention(), max_len=64)
+    decoder = Decoder(
+        replace(ModelConfig.from_folder(folder, ModelConfig.from_hf), **changes),
+        ReferenceAttention(),
+        max_len=64,
+    )
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.fill_(float("nan"))

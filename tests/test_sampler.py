@@ -8,14 +8,12 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 import nanovllm.layers.sampler
 from nanovllm import SamplingParams
-from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.sampler import (
     SamplingBatch,
-    ban,
     gumbel_noise,
+    least_kept,
     logprobs,
     pack_sampling,
-    truncate,
 )
 
 COMBINATIONS = {
@@ -91,26 +89,29 @@ def test_frequencies_match_the_exact_distribution(combination):
 def test_kept_tokens_are_those_of_transformers(combination):
     params = SamplingParams(**COMBINATIONS[combination])
     logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(5)) * 3
-    scores = logits / params.temperature
-    scores = scores - scores.amax(-1, keepdim=True)
-    batch = make_batch([params] * 64, 1000)
-    _, top_p, min_p, top_k, _ = batch.unpack()
-    kept = truncate(scores, min_p, top_k, top_p)
-    torch.testing.assert_close(kept.softmax(-1), expected_probabilities(logits, params))
+    kept = logits.masked_fill(
+        logits < least_kept(logits, make_batch([params] * 64, 1000))[:, None], -torch.inf
+    )
+    probabilities = (kept / params.temperature).softmax(-1)
+    torch.testing.assert_close(probabilities, expected_probabilities(logits, params))
 
 
 def test_top_p_keeps_the_token_that_crosses_the_boundary():
-    scores = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    scores = scores - scores.amax()
-    one = torch.ones(1)
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     for top_p, num_kept in ((0.4, 1), (0.5, 1), (0.6, 2), (0.79, 2), (0.9, 3), (1.0, 3)):
-        kept = truncate(scores, 0 * one, 3 * one.long(), top_p * one)
-        assert (kept > -torch.inf).sum() == num_kept
+        least = least_kept(logits, make_batch([SamplingParams(top_p=top_p)], 3))
+        assert (logits >= least).sum() == num_kept
 
 
 def test_ties_with_the_last_one_kept_are_kept():
-    kept = truncate(torch.tensor([[0.0, -1.0, -1.0, -2.0]]), torch.zeros(1), torch.tensor([2]), torch.ones(1))
-    assert (kept > -torch.inf).tolist() == [[True, True, True, False]]
+    least = least_kept(torch.tensor([[0.0, -1.0, -1.0, -2.0]]), make_batch([SamplingParams(top_k=2)], 4))
+    assert least.tolist() == [-1.0]
+
+
+def test_a_row_that_is_greedy_or_leaves_nothing_out_keeps_everything():
+    params = [SamplingParams(temperature=0, top_k=1), SamplingParams(top_k=1), SamplingParams()]
+    logits = torch.tensor([[3.0, 1.0, -torch.inf, 2.0]]).expand(3, -1)
+    assert least_kept(logits, make_batch(params, 4)).tolist() == [-torch.inf, 3.0, 1.0]
 
 
 def test_greedy_takes_the_lowest_of_tied_tokens_also_beside_random_rows():
@@ -160,20 +161,6 @@ def test_noise_never_changes():
     """Seeded results must survive a new version: these values are part of what a seed means."""
     noise = gumbel_noise(torch.tensor([1, 2**62]), torch.tensor([0, 1000]), 3)
     torch.testing.assert_close(noise, torch.tensor(FROZEN_NOISE), atol=1e-5, rtol=0)
-
-
-def test_banned_tokens_are_never_drawn():
-    """min_tokens bans every stop token until the completion is long enough."""
-    params = SamplingParams(seed=4, min_tokens=3, stop_token_ids=[1, 2])
-    seq = Sequence(0, [0], params, seed=4, max_tokens=9, eos_token_ids=frozenset({3}))
-    logits = torch.tensor([[0.0, 50.0, 50.0, 50.0, -5.0]])
-    for _ in range(3):
-        banned = torch.tensor([(0, token_id) for token_id in seq.banned_token_ids]).t()
-        drawn = sample(ban(logits, banned), make_batch([params], 5)).item()
-        assert drawn in (0, 4)
-        seq.append(drawn)
-        assert not seq.is_finished
-    assert not seq.banned_token_ids
 
 
 def test_logprobs_are_the_log_softmax_of_raw_logits_with_ranks():

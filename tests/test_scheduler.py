@@ -132,7 +132,7 @@ def test_random_workloads_read_only_their_own_kv_and_leak_nothing(
     for i, (num_shared, num_own, max_tokens, eos) in enumerate(requests):
         prompt = shared[:num_shared] + [(3 * j + num_own) % 23 for j in range(num_own)]
         params = SamplingParams(max_tokens=max_tokens)
-        sequences.append(Sequence(i, list(prompt), params, 0, max_tokens, frozenset({eos})))
+        sequences.append(Sequence(i, list(prompt), params, 0, max_tokens, frozenset({eos}), request_id=i))
         expected.append(completion_alone(prompt, max_tokens, eos))
     needed = max(-(-(len(s.token_ids) + s.max_tokens) // block_size) for s in sequences)
     manager = BlockManager(needed + 1 + spare_blocks, block_size, caching)
@@ -148,7 +148,7 @@ def test_random_workloads_read_only_their_own_kv_and_leak_nothing(
 def make_sequences(count, prompt_len, max_tokens):
     params = SamplingParams(max_tokens=max_tokens)
     return [
-        Sequence(i, [(i + j * (i + 1)) % 23 for j in range(prompt_len)], params, 0, max_tokens)
+        Sequence(i, [(i + j * (i + 1)) % 23 for j in range(prompt_len)], params, 0, max_tokens, request_id=i)
         for i in range(count)
     ]
 

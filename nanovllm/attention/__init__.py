@@ -13,13 +13,16 @@ __all__ = ["AttentionBackend", "select"]
 
 
 def select(
-    name: str, config: ModelConfig, device: torch.device, block_size: int | None = None
+    name: str | AttentionBackend, config: ModelConfig, device: torch.device, block_size: int | None = None
 ) -> AttentionBackend:
-    """The backend called `name` for a model; "auto" is the fastest: Triton on a GPU, else the reference.
+    """The backend called `name` for a model, or `name` if it is one; "auto" is the fastest: Triton on a GPU, else the
+    reference.
 
     Raises:
         ValueError: the backend is not installed, or runs no such model, device or `block_size`.
     """
+    if not isinstance(name, str):
+        return name
     if name == "auto":
         on_gpu = device.type == "cuda" and kernels.AVAILABLE and config.head_dim <= kernels.MAX_HEAD_DIM
         name = "triton" if on_gpu else "reference"

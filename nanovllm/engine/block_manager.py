@@ -34,7 +34,7 @@ class BlockManager:
     def match(self, seq: Sequence) -> list[int]:
         """The cached blocks that `seq` begins with. Its last token is left out: it must be computed for its logits."""
         blocks: list[int] = []
-        if self.enable_prefix_caching:
+        if self.enable_prefix_caching and not seq.awaits_prompt_logprobs:
             parent = 0
             for i in range((len(seq.token_ids) - 1) // self.block_size):
                 block = self.cached.get(self._key(seq, i, parent))
@@ -90,6 +90,11 @@ class BlockManager:
                     self.free.move_to_end(block, last=False)
         seq.block_table = []
         seq.prefix_ids = []
+
+    def forget_all(self) -> None:
+        """Empty the prefix cache. Who holds blocks keeps them."""
+        self.cached.clear()
+        self.keys = [None] * self.num_blocks
 
     def _key(self, seq: Sequence, i: int, parent: int) -> PrefixKey:
         return parent, tuple(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])

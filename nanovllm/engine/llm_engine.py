@@ -8,7 +8,8 @@ When N+1 is sampled, N is committed, so that every sampled sequence's history is
 """
 
 import gc
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import ModelRunner, SampledTokens
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
+from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import resolve_model
 
 # More tokens in a step only leave a CPU's caches: prompts of 16 to 256 tokens ran 10 % faster than in one large step.
@@ -42,7 +44,10 @@ class LLMEngine:
     def __init__(self, config: Config):
         self.config = config
         self.folder = resolve_model(config.model, config.revision)
-        model_config = ModelConfig.from_folder(self.folder)
+        model_class = Decoder if config.model_class is None else config.model_class
+        if not issubclass(model_class, Decoder):
+            raise TypeError(f"model_class must be a subclass of Decoder, got {model_class!r}")
+        model_config = ModelConfig.from_folder(self.folder, model_class.read_config)
         self.model_config = replace(model_config, dtype=config.torch_dtype(model_config.dtype))
         self.max_model_len = min(config.max_model_len, self.model_config.max_len)
         with _on(config.torch_device), _collector_paused():
@@ -60,13 +65,20 @@ class LLMEngine:
 
     def add(self, seq: Sequence) -> None:
         self._runner()
+        seq.arrival_time = time.time()
         self.scheduler.add(seq)
 
-    def abort(self, seq_ids: set[int]) -> None:
-        """Drop these sequences wherever they are; ids of none are passed over."""
-        self.scheduler.abort(seq_ids)
-        for seq_id in seq_ids & self.finished.keys():
-            del self.finished[seq_id]
+    def abort(self, request_ids: set[int]) -> None:
+        """Drop these requests wherever they are; ids of none are passed over."""
+        self.scheduler.abort(request_ids)
+        self.take_finished(request_ids)
+
+    def take_finished(self, request_ids: Collection[int] | None = None) -> list[Sequence]:
+        """The finished sequences, of these requests or of all; they are no longer in `finished`."""
+        taken = [s for s in self.finished.values() if request_ids is None or s.request_id in request_ids]
+        for seq in taken:
+            del self.finished[seq.seq_id]
+        return taken
 
     def step(self) -> StepCounts:
         """One turn of the loop: plan and launch a step, commit the one before it.

@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nanovllm import attention, kernels
 from nanovllm.config import Config, ModelConfig
+from nanovllm.engine.adjust import adjust
 from nanovllm.engine.batch import INT, KVCache
 from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
 from nanovllm.engine.memory import GIB, available_host_memory, cuda_pool_bytes
@@ -33,7 +35,7 @@ from nanovllm.engine.packing import (
 from nanovllm.engine.scheduler import ScheduledChunk, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.linear import Linear
-from nanovllm.layers.sampler import SamplingBatch, ban, logprobs, pack_sampling, sample
+from nanovllm.layers.sampler import SamplingBatch, logprobs, pack_sampling, sample
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import load_dummy, load_weights
 from nanovllm.outputs import Logprob
@@ -43,32 +45,15 @@ logger = logging.getLogger(__name__)
 
 # Chunks are padded to a multiple of so many tokens where layers are compiled, which makes a variant for one token.
 TOKEN_MULTIPLE = 8
+HEAD_ROWS = 256  # of a prompt go through the head at once
 
 
-@dataclass
-class SampledTokens:
-    """The tokens of a launched step, on their way to the CPU."""
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities of prompt tokens start … of a sequence: see layers.sampler.logprobs."""
 
-    sequences: list[Sequence]
-    token_ids: Tensor  # [S]
-    logprobs: tuple[
-        Tensor, ...
-    ]  # for the sequences that ask for them: see layers.sampler.logprobs; else empty
-    copied: torch.cuda.Event | None  # reached when both are on the CPU
-
-    def result(self) -> Iterator[tuple[Sequence, int, dict[int, Logprob] | None]]:
-        """Wait for the tokens; for each sequence its token and, if it asks, the token's and others' log-probabilities."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        rows = zip(*(column.tolist() for column in self.logprobs), strict=True)
-        for seq, token_id in zip(self.sequences, self.token_ids.tolist(), strict=True):
-            candidates = None
-            if (num_top := seq.params.logprobs) is not None:
-                drawn, rank, values, ids = next(rows)
-                num_top = len(ids) if num_top == -1 else num_top
-                candidates = {token_id: Logprob(drawn, rank)}
-                candidates |= {ids[i]: Logprob(values[i], i + 1) for i in range(num_top)}
-            yield seq, token_id, candidates
+    seq: Sequence
+    start: int
+    tensors: tuple[Tensor, ...]
 
 
 class Launched(NamedTuple):
@@ -78,6 +63,52 @@ class Launched(NamedTuple):
     logits: Tensor  # [S, vocabulary]
     rows: Tensor  # [S] int32
     positions: Tensor  # [S] int32, of the tokens to be drawn
+    prompt_logprobs: list[PromptLogprobs]
+
+
+@dataclass
+class SampledTokens:
+    """The tokens of a launched step, and log-probabilities that were asked for, on their way to the CPU."""
+
+    sequences: list[Sequence]
+    token_ids: Tensor  # [S]
+    logprobs: tuple[
+        Tensor, ...
+    ]  # of the sequences that ask for them: see layers.sampler.logprobs; else empty
+    prompt_logprobs: list[PromptLogprobs]
+    copied: torch.cuda.Event | None  # reached when all are on the CPU
+
+    def result(self) -> Iterator[tuple[Sequence, int, dict[int, Logprob] | None]]:
+        """Wait for the tokens; for each sequence its token and, if it asks, the token's and others' log-probabilities.
+
+        Those of prompts are handed to their sequences.
+        """
+        if self.copied is not None:
+            self.copied.synchronize()
+        for seq, start, tensors in self.prompt_logprobs:
+            token_ids = seq.token_ids[start : start + len(tensors[0])]
+            num_top = seq.params.prompt_logprobs
+            read = [_candidates(*entry, num_top) for entry in zip(token_ids, _rows(tensors), strict=True)]
+            seq.prompt_logprobs[start : start + len(read)] = read
+        rows = _rows(self.logprobs)
+        for seq, token_id in zip(self.sequences, self.token_ids.tolist(), strict=True):
+            asks = seq.params.logprobs is not None
+            yield seq, token_id, _candidates(token_id, next(rows), seq.params.logprobs) if asks else None
+
+
+def _to_cpu(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
+
+
+def _rows(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Any, ...]]:
+    return zip(*(tensor.tolist() for tensor in tensors), strict=True)
+
+
+def _candidates(token_id: int, row: tuple[Any, ...], num_top: int | None) -> dict[int, Logprob]:
+    """The token and the `num_top` most likely ones."""
+    logprob, rank, values, ids = row
+    top = range(len(ids) if num_top == -1 else num_top or 0)
+    return {token_id: Logprob(logprob, rank)} | {ids[i]: Logprob(values[i], i + 1) for i in top}
 
 
 class ModelRunner:
@@ -90,6 +121,7 @@ class ModelRunner:
             config.attention_backend, model_config, self.device, config.kvcache_block_size
         )
         self.block_size = config.kvcache_block_size or self.backend.block_size
+        self.head_rows = min(HEAD_ROWS, config.max_num_seqs)
         self.compiles = self.device.type == "cuda" and kernels.AVAILABLE and not config.enforce_eager
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -99,7 +131,7 @@ class ModelRunner:
         num_positions = max(max_len, TOKEN_MULTIPLE)  # padding has positions too
         blocks_per_row = -(-num_positions // self.block_size)
         with torch.device(self.device):
-            self.model = Decoder(model_config, self.backend, num_positions)
+            self.model = (config.model_class or Decoder)(model_config, self.backend, num_positions)
             self.tables = DeviceTables(
                 block_tables=torch.zeros(num_rows, blocks_per_row, dtype=torch.int32),
                 last_token=torch.zeros(num_rows, dtype=torch.int32),
@@ -152,13 +184,16 @@ class ModelRunner:
         d_rows, d_positions, d_last_tokens = sampled_views
         self._apply_updates(update_views)
         hidden = []
+        prompt_logprobs = []
         if decodes:
             replayed = self.graphs.replay(size) if self.graphs else self._compute(decodes, decode_views)
             hidden.append(replayed[:num_decodes] if chunks else replayed)
         if chunks:
-            hidden.append(self._compute(chunks, chunk_views)[d_last_tokens])
+            computed = self._compute(chunks, chunk_views)
+            prompt_logprobs = self._prompt_logprobs(step.chunks, computed)
+            hidden.append(computed[d_last_tokens])
         logits = self._logits(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
-        return Launched(sampled, logits[: len(sampled)], d_rows, d_positions)
+        return Launched(sampled, logits[: len(sampled)], d_rows, d_positions, prompt_logprobs)
 
     @torch.inference_mode()
     def sample(self, launched: Launched) -> SampledTokens:
@@ -166,30 +201,30 @@ class ModelRunner:
 
         A sequence that the predecessor finished is sampled for nothing: its token is passed over.
         """
-        sequences, logits, rows, positions = launched
-        if not sequences:
-            return SampledTokens([], torch.empty(0, dtype=torch.int64), (), None)
-        raw_logits = logits
-        special = [(i, seq) for i, seq in enumerate(sequences) if not seq.is_plain]
-        banned = [(i, token_id) for i, seq in special for token_id in seq.banned_token_ids]
-        if banned:
-            logits = ban(logits, upload(torch.tensor(banned).t(), self.device))
-        batch = SamplingBatch(
-            self.tables.sampling,
-            rows,
-            positions,
-            is_random=any(seq.params.temperature > 0 for seq in sequences),
-            is_truncated=any(seq.params.is_truncated for _, seq in special),
-        )
-        token_ids = sample(logits, batch, self.tables.last_token)
-        asked = self._logprobs(special, raw_logits, token_ids)
-        token_ids = token_ids.to("cpu", non_blocking=True)
-        asked = tuple(tensor.to("cpu", non_blocking=True) for tensor in asked)
+        sequences, raw_logits, rows, positions, prompt_logprobs = launched
+        token_ids = torch.empty(0, dtype=torch.int32)
+        asked: tuple[Tensor, ...] = ()
+        if sequences:
+            special = [(i, seq) for i, seq in enumerate(sequences) if not seq.is_plain]
+            logits = raw_logits
+            if any(seq.adjusts_logits for _, seq in special):
+                logits = adjust(raw_logits, sequences, self._send)
+            batch = SamplingBatch(
+                self.tables.sampling,
+                rows,
+                positions,
+                is_random=any(seq.params.temperature > 0 for seq in sequences),
+                is_truncated=any(seq.params.is_truncated for _, seq in special),
+            )
+            token_ids = sample(logits, batch, self.tables.last_token)
+            asked = self._logprobs(special, raw_logits, token_ids)
+        token_ids, asked = token_ids.to("cpu", non_blocking=True), _to_cpu(asked)
+        prompt_logprobs = [read._replace(tensors=_to_cpu(read.tensors)) for read in prompt_logprobs]
         copied = None
         if self.device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(self.device))
-        return SampledTokens(sequences, token_ids, asked, copied)
+        return SampledTokens(sequences, token_ids, asked, prompt_logprobs, copied)
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was launched."""
@@ -247,9 +282,31 @@ class ModelRunner:
         asking = [(i, seq.params.logprobs) for i, seq in special if seq.params.logprobs is not None]
         if not asking:
             return ()
-        num_top = max(self.model_config.vocab_size if n == -1 else n for _, n in asking)
-        rows = upload(torch.tensor([i for i, _ in asking]), self.device)
-        return logprobs(logits[rows], token_ids[rows].long(), num_top)
+        rows = self._send([i for i, _ in asking])
+        return logprobs(logits[rows], token_ids[rows].long(), self._num_top([n for _, n in asking]))
+
+    def _prompt_logprobs(self, chunks: list[ScheduledChunk], hidden: Tensor) -> list[PromptLogprobs]:
+        """Of the prompts that ask for them and have not read them before a preemption, in slices of rows."""
+        read = []
+        at = 0  # the chunk's first token in the batch
+        for seq, start, num_tokens, _ in chunks:
+            if seq.awaits_prompt_logprobs:  # the hidden state of each token says how likely the next one is
+                first = max(start + 1, len(seq.prompt_logprobs))
+                end = min(start + num_tokens + 1, seq.num_prompt_tokens)
+                for i in range(first, end, self.head_rows):
+                    token_ids = seq.token_ids[i : min(i + self.head_rows, end)]
+                    rows = hidden[at + i - 1 - start :][: len(token_ids)]
+                    logits = self._logits(rows)[: len(rows)]
+                    num_top = self._num_top([seq.params.prompt_logprobs])
+                    read.append(PromptLogprobs(seq, i, logprobs(logits, self._send(token_ids), num_top)))
+            at += num_tokens
+        return read
+
+    def _num_top(self, asked: list[int | None]) -> int:
+        return max(self.model_config.vocab_size if n == -1 else n or 0 for n in asked)
+
+    def _send(self, values: ArrayLike) -> Tensor:
+        return upload(torch.as_tensor(np.asarray(values)), self.device)
 
     def _new_kv_cache(self, num_blocks: int) -> list[KVCache]:
         """Each layer's keys and values [blocks, block_size, H_kv, D] in one piece of memory.
@@ -261,7 +318,7 @@ class ModelRunner:
         shape = (c.num_layers, 2, num_blocks, self.block_size, c.num_kv_heads, c.head_dim)
         if self.device.type == "cpu":
             num_bytes = math.prod(shape) * c.dtype.itemsize
-            cache = torch.from_numpy(numpy.zeros(num_bytes, dtype=numpy.uint8)).view(c.dtype).view(shape)
+            cache = torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(c.dtype).view(shape)
         else:
             cache = torch.zeros(shape, dtype=c.dtype, device=self.device)
         return [KVCache(k, v) for k, v in cache]
@@ -336,7 +393,7 @@ class ModelRunner:
 
     def _run_largest_steps(self, config: Config, max_len: int) -> None:
         """Run the steps that take the most memory, on row 0 and block 0: longest prompts, then most sequences."""
-        plain, demanding = SamplingParams(), SamplingParams(top_p=0.9, logprobs=0)
+        plain, demanding = SamplingParams(), SamplingParams(top_p=0.9, logprobs=0, presence_penalty=1.0)
         prompts, decodes = Step(), Step()
         num_tokens = config.max_num_batched_tokens
         while num_tokens and len(prompts.chunks) < config.max_num_seqs:

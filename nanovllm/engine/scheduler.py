@@ -5,6 +5,7 @@ step: chunked prefill, prefix hits, mixing with decode and resuming after a pree
 Planning needs counts only, so step N+1 is planned while the tokens of step N are still on the device.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -74,9 +75,9 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
 
-    def abort(self, seq_ids: set[int]) -> None:
-        """Finish these sequences, where they still run or wait, with reason "abort" and free what they hold."""
-        for seq in [s for s in (*self.running, *self.waiting) if s.seq_id in seq_ids]:
+    def abort(self, request_ids: set[int]) -> None:
+        """Finish these requests, where they still run or wait, with reason "abort" and free what they hold."""
+        for seq in [s for s in (*self.running, *self.waiting) if s.request_id in request_ids]:
             seq.finish_reason = "abort"
             if seq.row:
                 self._leave_row(seq)
@@ -97,10 +98,12 @@ class Scheduler:
         """
         finished: list[Sequence] = []
         block_size = self.block_manager.block_size
-        for seq, token_id, candidates in sampled:
+        results = list(sampled)  # waits for them
+        now = time.time()
+        for seq, token_id, candidates in results:
             if seq.is_finished:
                 continue
-            seq.append(token_id, candidates)
+            seq.append(token_id, candidates, now)
             if seq.row and seq.num_computed_tokens >= (len(seq.prefix_ids) + 1) * block_size:
                 self.block_manager.register(seq)
             if seq.is_finished:

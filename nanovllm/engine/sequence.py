@@ -1,14 +1,18 @@
-"""Sequence: one request as the scheduler sees it. It knows token ids and counts, no tensors and no text."""
+"""Sequence: one completion as the scheduler sees it. It knows token ids and counts, and no tensors."""
 
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
+from nanovllm.detokenizer import Detokenizer
 from nanovllm.outputs import FinishReason, Logprob
 from nanovllm.sampling_params import SamplingParams
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """Prompt and completion of one request, and how far the device has come with it.
+    """Prompt and one completion of a request, and how far the device has come with them.
 
     There is no prefill state and no decode state: `num_computed_tokens` has to catch up with the length.
 
@@ -26,8 +30,11 @@ class Sequence:
     max_tokens: int  # params.max_tokens, or less where max_model_len comes first
     eos_token_ids: frozenset[int] = frozenset()
     prompt: str | None = None
+    request_id: int = 0
+    detokenizer: Detokenizer | None = None  # where the text matters before the end
 
     num_prompt_tokens: int = field(init=False)
+    adjusts_logits: bool = field(init=False)  # before temperature
     is_plain: bool = field(init=False)  # the logits are drawn from as they are, and nothing else is asked for
     num_computed_tokens: int = 0
     num_prefill_tokens: int = 0
@@ -37,15 +44,23 @@ class Sequence:
     prefix_ids: list[int] = field(default_factory=list)  # of the leading blocks that the prefix cache knows
     row: int = 0
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     cumulative_logprob: float = 0.0
+    arrival_time: float = 0.0  # these three in seconds since the epoch
+    first_token_time: float = 0.0
+    finished_time: float = 0.0
+    _history: NDArray[np.int32] | None = None
+    _num_in_history: int = 0
 
     def __post_init__(self) -> None:
+        p = self.params
         self.num_prompt_tokens = len(self.token_ids)
-        self.is_plain = (
-            not self.params.is_truncated and not self.params.min_tokens and self.params.logprobs is None
+        self.adjusts_logits = bool(
+            p.is_penalized or p.logit_bias or p.allowed_token_ids or p.min_tokens or p.logits_processors
         )
+        self.is_plain = not self.adjusts_logits and not p.is_truncated and p.logprobs is None
 
     @property
     def num_tokens(self) -> int:
@@ -61,6 +76,15 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
+    def history(self) -> NDArray[np.int32]:
+        """Prompt and completion, kept as an array so that a step does not convert them anew."""
+        if self._history is None:
+            self._history = np.empty(self.num_prompt_tokens + self.max_tokens, np.int32)
+        start, self._num_in_history = self._num_in_history, len(self.token_ids)
+        self._history[start : self._num_in_history] = self.token_ids[start:]
+        return self._history[: self._num_in_history]
+
+    @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
 
@@ -70,22 +94,37 @@ class Sequence:
         return self.num_tokens - self.num_prompt_tokens >= self.max_tokens
 
     @property
+    def awaits_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of the prompt are still to be read, for which its tokens must be computed."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+
+    @property
     def banned_token_ids(self) -> frozenset[int]:
         """Tokens that must not be drawn next: every stop token until `min_tokens` are there."""
         if self.num_completion_tokens >= self.params.min_tokens:
             return frozenset()
         return self.eos_token_ids.union(self.params.stop_token_ids or ())
 
-    def append(self, token_id: int, candidates: dict[int, Logprob] | None = None) -> None:
+    def append(self, token_id: int, candidates: dict[int, Logprob] | None, now: float) -> None:
         """Take the pending token and its log-probabilities, and find out whether it ends the completion."""
         self.token_ids.append(token_id)
         self.num_pending -= 1
         if candidates is not None:
             self.logprobs.append(candidates)
             self.cumulative_logprob += candidates[token_id].logprob
+        num_tokens = self.num_completion_tokens
+        if num_tokens == 1:
+            self.first_token_time = now
         if token_id in self.eos_token_ids and not self.params.ignore_eos:
             self.finish_reason = "stop"
         elif self.params.stop_token_ids and token_id in self.params.stop_token_ids:
             self.finish_reason, self.stop_reason = "stop", token_id
-        elif self.num_completion_tokens >= self.max_tokens:
-            self.finish_reason = "length"
+        else:
+            if num_tokens >= self.max_tokens:
+                self.finish_reason = "length"
+            if self.detokenizer is not None:
+                stop = self.detokenizer.append(token_id, may_stop=num_tokens > self.params.min_tokens)
+                if stop is not None:
+                    self.finish_reason, self.stop_reason = "stop", stop
+        if self.finish_reason is not None:
+            self.finished_time = now

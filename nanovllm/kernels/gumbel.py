@@ -13,9 +13,15 @@ MAX_SPLITS = 128  # of a row
 
 
 def gumbel_max(
-    logits: Tensor, rows: Tensor, positions: Tensor, sampling: Tensor, last_token: Tensor
+    logits: Tensor,
+    least: Tensor | None,
+    rows: Tensor,
+    positions: Tensor,
+    sampling: Tensor,
+    last_token: Tensor,
 ) -> Tensor:
-    """Draw a token for each row of logits [S, vocabulary], whose sampling parameters are `sampling[rows]`.
+    """Draw a token for each row of logits [S, vocabulary], whose sampling parameters are `sampling[rows]`, among those
+    that are at least `least` [S] float32.
 
     The tokens are also written to `last_token[rows]`. Returns int32 [S].
     """
@@ -26,17 +32,9 @@ def gumbel_max(
     best = torch.empty(num_rows, num_splits, dtype=torch.int64, device=logits.device)
     token_ids = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     gumbel_max_kernel[(num_rows, num_splits)](
-        logits,
-        logits.stride(0),
-        vocab_size,
-        rows,
-        positions,
-        sampling,
-        best,
-        per_split,
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
+        logits, logits.stride(0), vocab_size, logits if least is None else least, rows, positions, sampling, best,
+        per_split, HAS_LEAST=least is not None, BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
     pick_kernel[(num_rows,)](best, num_splits, rows, last_token, token_ids, SPLITS=MAX_SPLITS, num_warps=1)
     return token_ids
 
@@ -66,8 +64,9 @@ def log(x):
 
 @triton.jit(do_not_specialize=["per_split"])  # one compilation for any number of rows
 def gumbel_max_kernel(
-    logits, stride, vocab_size, rows, positions, sampling, best, per_split, BLOCK: tl.constexpr
-):
+    logits, stride, vocab_size, least, rows, positions, sampling, best, per_split,
+    HAS_LEAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The best column of one split of one row, as a number that orders by score first, then by the lower column."""
     s = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -76,14 +75,17 @@ def gumbel_max_kernel(
     seed = (tl.load(params + 5).to(tl.int64) << 32) | (tl.load(params + 4).to(tl.int64) & 0xFFFFFFFF)
     key = mix64(mix64(seed) + tl.load(positions + s))
     low, high = key.to(tl.int32), (key >> 32).to(tl.int32)
+    if HAS_LEAST:
+        threshold = tl.load(least + s)
     lane = tl.arange(0, BLOCK)
     best_score = tl.full([BLOCK], float("-inf"), tl.float32)
     best_column = lane + split * per_split * BLOCK
     for block in range(split * per_split, (split + 1) * per_split):
         column = block * BLOCK + lane
-        score = tl.load(logits + s * stride + column, mask=column < vocab_size, other=float("-inf")).to(
-            tl.float32
-        )
+        x = tl.load(logits + s * stride + column, mask=column < vocab_size, other=float("-inf"))
+        score = x.to(tl.float32)
+        if HAS_LEAST:
+            score = tl.where(score < threshold, float("-inf"), score)
         if temperature > 0:
             bits = mix32(mix32(column ^ low) ^ high) & 0x7FFFFFFF
             v = tl.minimum((bits.to(tl.float32) + 0.5) * 4.656612873077393e-10, 1 - 5.960464477539063e-08)

@@ -48,12 +48,11 @@ def sample(logits: Tensor, batch: SamplingBatch, last_token: Tensor) -> Tensor:
 
     The tokens are also written to `last_token[batch.rows]`.
     """
-    if batch.is_truncated:
-        logits = truncate_logits(logits, batch)
     if logits.is_cuda and kernels.AVAILABLE:
-        from nanovllm.kernels.gumbel import gumbel_max
+        from nanovllm.kernels import gumbel, truncation
 
-        return gumbel_max(logits, batch.rows, batch.positions, batch.sampling, last_token)
+        least = truncation.least_kept(logits, batch.rows, batch.sampling) if batch.is_truncated else None
+        return gumbel.gumbel_max(logits, least, batch.rows, batch.positions, batch.sampling, last_token)
     token_ids = draw(logits, batch)
     last_token[batch.rows] = token_ids.int()
     return token_ids
@@ -63,58 +62,52 @@ def draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """The Gumbel-max trick in plain PyTorch, the twin of `kernels.gumbel.gumbel_max`; int64 [S]."""
     if not batch.is_random:
         return logits.max(dim=-1).indices  # argmax takes 4 times as long on a CPU
+    logits = logits.float()
+    if batch.is_truncated:
+        logits = logits.masked_fill(logits < least_kept(logits, batch).unsqueeze(1), -torch.inf)
     temperature, _, _, _, seeds = batch.unpack()
     noise = gumbel_noise(seeds, batch.positions, logits.shape[1])
-    return torch.addcmul(logits.float(), noise, temperature.unsqueeze(1)).max(dim=-1).indices
+    return torch.addcmul(logits, noise, temperature.unsqueeze(1)).max(dim=-1).indices
 
 
-def truncate_logits(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """Logits in float32 without the tokens that each row's parameters leave out."""
+def least_kept(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """The lowest logit of each row that min-p, then top-k, then top-p keep, each of what the one before kept; ties are
+    kept. -inf where the row is greedy. The twin of `kernels.truncation.least_kept`; float32 [S]."""
     temperature, top_p, min_p, top_k, _ = batch.unpack()
     logits = logits.float()
+    is_random = temperature > 0
     # From the maximum down, so that a tiny temperature cannot overflow.
     scores = logits - logits.amax(dim=-1, keepdim=True)
-    scores = scores / temperature.masked_fill(temperature == 0, 1.0).unsqueeze(1)
-    return logits.masked_fill(truncate(scores, min_p, top_k, top_p) == -torch.inf, -torch.inf)
-
-
-def ban(logits: Tensor, banned: Tensor) -> Tensor:
-    """A copy of the logits without the (row, token id) in the columns of `banned` [2, N]."""
-    return logits.index_put(tuple(banned), logits.new_full((), -torch.inf))
-
-
-def truncate(scores: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Set to -inf what min-p, then top-k, then top-p leave out, each on what the one before kept; ties are kept.
-
-    `scores` [S, vocabulary] float32 have their maximum at 0; the parameters are [S].
-    """
-    scores = scores.masked_fill(scores.exp() < min_p.unsqueeze(1), -torch.inf)
-    alive = (scores > -torch.inf).float()
-    scores = keep_largest(scores, alive, torch.minimum(top_k, alive.sum(dim=-1)))
-    weights = scores.exp()
+    weights = (scores / temperature.masked_fill(~is_random, 1.0).unsqueeze(1)).exp()
+    alive = (scores > -torch.inf) & (weights >= min_p.unsqueeze(1))
+    count = alive.sum(dim=-1)
+    alive &= logits >= reaching(logits, alive.float(), torch.minimum(top_k, count)).unsqueeze(1)
+    weights = weights.masked_fill(~alive, 0.0)
     target = torch.where(
         top_p < 1, top_p * weights.sum(dim=-1), torch.inf
     )  # rounding must not cut the tail at 1
-    return keep_largest(scores, weights, target)
+    alive &= logits >= reaching(logits, weights, target).unsqueeze(1)
+    least = logits.masked_fill(~alive, torch.inf).amin(dim=-1)
+    return torch.where(is_random, least, -torch.inf)
 
 
-def keep_largest(scores: Tensor, weights: Tensor, target: Tensor) -> Tensor:
-    """Keep the largest scores, up to the one with which their weights add up to `target` [S]; ties are kept.
+def reaching(logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    """The largest number such that the weights of the logits [S, vocabulary] at or above it add up to `target` [S];
+    -inf where they do not reach it.
 
-    All are kept where the weights do not reach the target.
-
-    The threshold is found by bisection over the 32 bits of a float, 32 passes without a sort: the largest value such
-    that the weights of the scores at or above it reach the target.
+    It is found by bisection over the 32 bits of a float, 32 passes without a sort.
     """
-    bits = scores.view(torch.int32)
+    bits = logits.view(torch.int32)
     keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # ordered as the floats are
-    low = torch.full_like(target, -(2**31), dtype=torch.int64)  # every score is at or above it
+    low = torch.full_like(target, -(2**31), dtype=torch.int64)  # every logit is at or above it
     high = torch.full_like(low, 2**31)  # none is
     for _ in range(32):
         middle = (low + high) >> 1
         reaches = (weights * (keys >= middle.unsqueeze(1))).sum(dim=-1) >= target
         low, high = torch.where(reaches, middle, low), torch.where(reaches, high, middle)
-    return scores.masked_fill(keys < low.unsqueeze(1), -torch.inf)
+    found = low.int()
+    values = (found ^ ((found >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return torch.where(low > -(2**31), values, -torch.inf)
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

@@ -5,6 +5,7 @@ paged KV; it does not know requests.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,22 +78,32 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to logits. Parameters are unfilled, on the default device, until the loader fills them."""
+    """Token ids to logits. Parameters are unfilled, on the default device, until the loader fills them.
+
+    A model of one's own is a subclass: `LLM(model, model_class=...)`.
+    """
+
+    layer_class: type[nn.Module] = DecoderLayer
+
+    @staticmethod
+    def read_config(hf: Any) -> ModelConfig:
+        """The sizes and flags that a transformers config asks for; a subclass may read what this engine does not know."""
+        return ModelConfig.from_hf(hf)
 
     def __init__(self, config: ModelConfig, backend: AttentionBackend, max_len: int):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.dtype)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, max_len)
-        self.layers = nn.ModuleList(DecoderLayer(config, backend) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, backend) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.dtype)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=config.dtype)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.run_layer: Callable[..., tuple[Tensor, Tensor]] = DecoderLayer.forward
+        self.run_layer: Callable[..., tuple[Tensor, Tensor]] = self.layer_class.forward
 
     def compile_layers(self) -> None:
         """Compile what every layer runs, once for any number of tokens but one."""
-        self.run_layer = torch.compile(DecoderLayer.forward, dynamic=True)
+        self.run_layer = torch.compile(self.layer_class.forward, dynamic=True)
 
     def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
         """Compute a step: hidden states [T, hidden] of its tokens, whose keys and values go to the layers' caches."""
