@@ -3,6 +3,7 @@
     python bench.py                                       # GPU: classic; CPU: 16 requests to the demo model
     python bench.py --workload classic single --passes 4
     python bench.py --workload long --shape qwen3-8b --plot run.png
+    python bench.py --sampling '{"top_p": 0.9, "top_k": 50}'
     python bench.py --num-seqs 1 --input-len 32 32 --output-len 128 128 --baseline hf
 
 The passes of a workload have the same lengths and fresh prompts, so that the prefix cache helps within a pass and not
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ class Workload:
     shared_prefix: int = 0  # so many tokens begin every prompt of a pass
     temperature: float = 0.6
     seed: int = 0
+    sampling: dict[str, Any] = field(default_factory=dict)  # what else is asked of every request
 
     def requests(self, pass_number: int) -> tuple[list[list[int]], list[int]]:
         """(prompts, output lengths) of a pass, counted from 0."""
@@ -246,8 +248,8 @@ def run_pass(
 ) -> float:
     """Seconds; RuntimeError if an output is not as long as it was asked for."""
     prompts, output_lens = workload.requests(pass_number)
-    temperature = workload.temperature
-    params = [SamplingParams(temperature=temperature, ignore_eos=True, max_tokens=n) for n in output_lens]
+    sampling = {"temperature": workload.temperature, "ignore_eos": True} | workload.sampling
+    params = [SamplingParams(max_tokens=n, **sampling) for n in output_lens]
     with ExitStack() as watchers:
         if timer:
             watchers.enter_context(wrapped(llm.engine.runner, "forward", timer.call))
@@ -377,6 +379,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--model", help="folder or Hub id; without a GPU, the demo model")
     model.add_argument("--shape", choices=SHAPES, help="random weights; with a GPU, qwen3-0.6b")
     absent = argparse.SUPPRESS
+    parser.add_argument(
+        "--sampling", type=json.loads, default={}, metavar="JSON", help='e.g. \'{"top_p": 0.9, "top_k": 50}\''
+    )
     custom = parser.add_argument_group("a custom workload, otherwise as this machine's default")
     custom.add_argument("--num-seqs", type=int, default=absent)
     custom.add_argument("--input-len", type=int, nargs=2, metavar=("LO", "HI"), default=absent)
@@ -394,7 +399,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.passes is not None and args.passes < 1:
         parser.error(f"--passes must be at least 1, got {args.passes}")
-    if args.workload and given(args, Workload):
+    if args.workload and given(args, Workload).keys() - {"sampling"}:
         parser.error("a named workload has its own size, lengths and temperature")
     return args
 
@@ -408,8 +413,8 @@ def given(args: argparse.Namespace, settings: type) -> dict[str, Any]:
 def find_workloads(args: argparse.Namespace, on_gpu: bool) -> dict[str, Workload]:
     """What was asked for, or this machine's default."""
     changes = given(args, Workload)
-    if args.workload or (on_gpu and not changes):
-        return {name: WORKLOADS[name] for name in args.workload or ["classic"]}
+    if args.workload or (on_gpu and not changes.keys() - {"sampling"}):
+        return {name: replace(WORKLOADS[name], **changes) for name in args.workload or ["classic"]}
     return {"custom": replace(WORKLOADS["classic"] if on_gpu else CPU_WORKLOAD, **changes)}
 
 

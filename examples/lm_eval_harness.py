@@ -8,22 +8,21 @@ python examples/lm_eval_harness.py --model Qwen/Qwen3-0.6B --dtype auto --tasks 
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lm_eval
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, Logprob, SamplingParams
 
 DATA = Path(__file__).resolve().parent / "data"
 DEMO_MODEL = DATA.parent.parent / "models" / "SmolLM2-135M-Instruct"
-Scored = tuple[
-    tuple[str, str], list[int], list[int]
-]  # the texts; token ids of the context, of the continuation
+Scored = tuple[tuple[str, str], list[int], list[int]]  # texts; token ids of the context, of what follows
 
 
 class NanoVLLM(TemplateLM):
@@ -52,10 +51,10 @@ class NanoVLLM(TemplateLM):
         prompts = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         results = []
-        for (*_, continuation), output in zip(requests, self.llm.generate(prompts, params), strict=True):
-            rows = output.prompt_logprobs[-len(continuation) :]
-            scores = [row[token_id] for token_id, row in zip(continuation, rows, strict=True)]
-            results.append((sum(s.logprob for s in scores), all(s.rank == 1 for s in scores)))
+        for request, output in zip(requests, self.llm.generate(prompts, params), strict=True):
+            continuation, rows = request[2], cast(list[dict[int, Logprob]], output.prompt_logprobs)
+            scores = [row[i] for i, row in zip(continuation, rows[-len(continuation) :], strict=True)]
+            results.append((sum(score.logprob for score in scores), all(score.rank == 1 for score in scores)))
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
@@ -85,21 +84,18 @@ def facts_tasks() -> list[dict[str, Any]]:
     return [task | data for task in yaml.safe_load((DATA / "facts.yaml").read_text())]
 
 
-def evaluate(model: TemplateLM, tasks: list[str] | None = None, limit: int | None = None) -> dict[str, Any]:
-    """lm-eval's results. `tasks` are names of its own; None takes the ones made here."""
-    return lm_eval.simple_evaluate(model, tasks=tasks or facts_tasks(), limit=limit, bootstrap_iters=0)
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=str(DEMO_MODEL), help="folder or Hub id")
+    parser.add_argument("--model", default=DEMO_MODEL, help="folder or Hub id (default: the demo model)")
     parser.add_argument("--dtype", default="float32", help="of the weights (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", help="names of lm-eval's own (default: three made here)")
     parser.add_argument("--limit", type=int, help="so many items of each task")
     parser.add_argument("--compare", action="store_true", help="evaluate transformers too")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.model == DEMO_MODEL and not DEMO_MODEL.is_dir():
+        raise SystemExit("the demo model is not there: run `make demo` once, or name a model with --model")
 
     ours = NanoVLLM(LLM(args.model, dtype=args.dtype))
     models: dict[str, TemplateLM] = {"nanovllm": ours}
@@ -107,17 +103,23 @@ def main() -> None:
         from lm_eval.models.huggingface import HFLM
 
         options = {"max_length": ours.max_length, "device": str(ours.llm.config.torch_device)}
-        models["transformers"] = HFLM(args.model, dtype=args.dtype, batch_size=8, **options)
-    table: dict[str, list[str]] = {}
-    for model in models.values():
-        start = time.perf_counter()
-        for task, scores in evaluate(model, args.tasks, args.limit)["results"].items():
-            for metric, score in scores.items():
-                if isinstance(score, float):
-                    table.setdefault(f"{task} {metric.split(',')[0]}", []).append(f"{score:.4f}")
-        table.setdefault("seconds", []).append(f"{time.perf_counter() - start:.1f}")
-    for name, row in {"": list(models), **table}.items():
-        print(f"{name:30}", *(f"{cell:>14}" for cell in row))
+        models["transformers"] = HFLM(str(args.model), dtype=args.dtype, batch_size=8, **options)
+    manager = TaskManager(include_defaults=bool(args.tasks))  # reads thousands of files for lm-eval's own
+    results = {}
+    for name, model in models.items():
+        start, tasks = time.perf_counter(), args.tasks or facts_tasks()
+        results[name] = lm_eval.simple_evaluate(
+            model, tasks=tasks, task_manager=manager, limit=args.limit, bootstrap_iters=0
+        )
+        results[name]["seconds"] = time.perf_counter() - start
+
+    print(f"{'':30}", *(f"{name:>14}" for name in results))
+    for task, scores in results["nanovllm"]["results"].items():
+        for metric in (metric for metric, score in scores.items() if isinstance(score, float)):
+            row = (f"{result['results'][task][metric]:14.4f}" for result in results.values())
+            print(f"{task + ' ' + metric.removesuffix(',none'):30}", *row)
+    print(f"{'seconds':30}", *(f"{result['seconds']:14.1f}" for result in results.values()))
+    return results
 
 
 if __name__ == "__main__":

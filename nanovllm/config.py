@@ -287,7 +287,8 @@ class ModelConfig:
         """Have `config.json` read, and read the end-of-sequence tokens of `generation_config.json` where there are any."""
         if not (folder / "config.json").is_file():
             raise ValueError(f"model folder {str(folder)!r} has no config.json")
-        read_json(folder / "config.json")
+        if "model_type" not in read_json(folder / "config.json"):
+            raise ValueError(f"{str(folder / 'config.json')!r} has no model_type")
         try:
             hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # transformers checks values too, and raises what it likes

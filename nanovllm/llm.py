@@ -72,13 +72,11 @@ class LLM:
 
         def collect() -> int:
             """Move what finished into `outputs`, but for what waits for `step()`; returns the number of requests."""
-            num_done = 0
-            for seq in self.engine.take_finished(places.keys()):
-                i = places[seq.request_id]
-                if all(sample.is_finished for sample in requests[i]):
-                    outputs[i] = self._make_output(requests[i])
-                    num_done += 1
-            return num_done
+            finished = {places[seq.request_id] for seq in self.engine.take_finished(places)}
+            done = [i for i in finished if all(seq.is_finished for seq in requests[i])]
+            for i in done:
+                outputs[i] = self._make_output(requests[i])
+            return len(done)
 
         try:
             self._start(requests)

@@ -113,7 +113,7 @@ class SamplingParams:
         if self.stop and not self.detokenize:
             raise ValueError(f"stop must be None with detokenize=False, got {self.stop!r}")
         if self.allowed_token_ids == ():
-            raise ValueError("allowed_token_ids must have a token id or be None, got an empty list")
+            raise ValueError("allowed_token_ids must have a token id or be None, got []")
 
     @property
     def is_truncated(self) -> bool:

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 
-if not torch.cuda.is_available():  # before any kernel is defined
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
+    torch.set_num_threads(1)  # tiny models spend their time on handing out work
 
 DEMO_MODEL = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct"
 CONFIGS = {

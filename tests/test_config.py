@@ -14,8 +14,10 @@ import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from nanovllm import LLM
+from nanovllm.attention import AttentionBackend
 from nanovllm.config import Config, ModelConfig, RopeConfig
 from nanovllm.engine.memory import GIB, available_host_memory, cuda_pool_bytes
+from nanovllm.models.decoder import Decoder
 
 # ---------------------------------------------------------------------------------------------------- options
 
@@ -32,6 +34,7 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "device": ["tpu", "cuda:99", "meta", "cuda:x", None, 1.5],
     "dtype": ["int8", "float64", "bf16", None, torch.int8, torch.float64],
     "attention_backend": ["nope", "", None, 1],
+    "model_class": ["Decoder", 1, Decoder.forward],
     "enable_prefix_caching": [1, 0, "on", None],
     "async_scheduling": [1, 0, "on", None],
     "load_format": ["pt", "safetensors", None, True],
@@ -55,7 +58,8 @@ ACCEPTED_VALUES: dict[str, list[Any]] = {
     "num_kvcache_blocks": [-1, 2],
     "device": ["auto", "cpu", torch.device("cpu")],
     "dtype": ["auto", "bfloat16", "float16", "float32", torch.bfloat16, torch.float16, torch.float32],
-    "attention_backend": ["auto", "reference"],
+    "attention_backend": ["auto", "reference", AttentionBackend()],
+    "model_class": [None, Decoder],
     "enable_prefix_caching": [False],
     "async_scheduling": [False],
     "load_format": ["auto", "dummy"],
@@ -141,6 +145,7 @@ def test_the_defaults_are_nano_vllms_and_vllms() -> None:
         "device": "auto",
         "dtype": "auto",
         "attention_backend": "auto",
+        "model_class": None,
         "enable_prefix_caching": True,
         "async_scheduling": True,
         "load_format": "auto",
@@ -469,10 +474,19 @@ def test_what_transformers_refuses_in_a_folder_is_a_value_error_too(
         ModelConfig.from_folder(tmp_path, ModelConfig.from_hf)
 
 
-@pytest.mark.parametrize("config", [{"model_type": "no_such_model"}, {"model_type": "mistral"}, {}])
-def test_a_folder_of_another_model_type_is_refused_by_name(tmp_path: Path, config: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "no_such_model"}, "no_such_model"),
+        ({"model_type": "mistral"}, "model_type of the checkpoint .*got 'mistral'"),
+        ({}, "has no model_type"),
+    ],
+)
+def test_a_folder_of_another_model_type_is_refused_by_name(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"model_type of the checkpoint .*got {config.get('model_type')!r}"):
+    with pytest.raises(ValueError, match=message):
         ModelConfig.from_folder(tmp_path, ModelConfig.from_hf)
 
 

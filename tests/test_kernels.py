@@ -18,11 +18,11 @@ from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.attention.triton import TritonAttention, split_chunks, split_decodes
 from nanovllm.engine.batch import Batch
 from nanovllm.engine.packing import int32
+from nanovllm.kernels import truncation
 from nanovllm.kernels.gumbel import gumbel_max
+from nanovllm.layers import sampler
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import RopeConfig, RotaryEmbedding
-from nanovllm.kernels import truncation
-from nanovllm.layers import sampler
 from nanovllm.layers.sampler import SamplingBatch, gumbel_noise, pack_sampling
 from nanovllm.sampling_params import SamplingParams
 

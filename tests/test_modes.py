@@ -37,9 +37,33 @@ SHARED = [(5 * i + 3) % 128 for i in range(40)]
 PROMPTS = [
     SHARED[:n] + [(11 * i + n) % 128 for i in range(m)] for n in (0, 7, 16, 40) for m in (1, 5, 22)
 ] * 2
+
+
+def discourage_repeats(token_ids, logits):
+    """A logits processor that looks at the history."""
+    logits[token_ids[-3:]] -= 4.0
+    return logits
+
+
+EXTRAS = [
+    {},
+    {"repetition_penalty": 1.3},
+    {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+    {"logit_bias": {3: 2.0, 7: -5.0}, "min_p": 0.02},
+    {"allowed_token_ids": range(0, 128, 3)},
+    {"logits_processors": [discourage_repeats]},
+    {"min_tokens": 4, "stop_token_ids": range(0, 128, 5)},
+    {"logprobs": 2, "repetition_penalty": 0.9},
+    {"prompt_logprobs": 1},
+]
 PARAMS = [
     SamplingParams(
-        temperature=0.0 if i % 2 else 0.8, max_tokens=5 + 7 * (i % 6), seed=i, top_k=20 * (i % 3), top_p=0.9
+        temperature=0.0 if i % 2 else 0.8,
+        max_tokens=5 + 7 * (i % 6),
+        seed=i,
+        top_k=20 * (i % 3),
+        top_p=0.9,
+        **EXTRAS[i % len(EXTRAS)],
     )
     for i in range(len(PROMPTS))
 ]
@@ -145,6 +169,7 @@ requests = st.tuples(
     st.sampled_from([0.0, 1.0]),
     st.sampled_from([None, [3], list(range(0, 128, 9))]),  # stop_token_ids
     st.integers(0, 5),  # min_tokens
+    st.sampled_from(EXTRAS[:6] + EXTRAS[7:]),
 )
 
 
@@ -163,8 +188,10 @@ def test_random_workloads_give_the_tokens_of_each_request_alone(
     """Shared prefixes, stops, chunks, tiny pools, few rows: same tokens, no leaked block or row."""
     prompts = [SHARED[:shared] + [(7 * i + own) % 128 for i in range(own)] for shared, own, *_ in workload]
     params = [
-        SamplingParams(temperature=t, max_tokens=max(n, m), seed=s, stop_token_ids=stops, min_tokens=m)
-        for _, _, n, s, t, stops, m in workload
+        SamplingParams(
+            temperature=t, max_tokens=max(n, m), seed=s, stop_token_ids=stops, min_tokens=m, **extras
+        )
+        for _, _, n, s, t, stops, m, extras in workload
     ]
     llm = make_llm(
         tiny_model(),

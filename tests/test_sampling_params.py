@@ -21,6 +21,18 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "min_tokens": [-1, 1.0, "1", True, None],
     "stop_token_ids": ["12", 5, {1, 2}, [-1], [1, 2.0], [1, "2"], [True], [None]],
     "logprobs": [-2, 1.0, "1", True],
+    "n": [0, -1, 1.0, "2", True, None],
+    "repetition_penalty": [0, 0.0, -1.0, NAN, INF, "1", True, None],
+    "presence_penalty": [-2.1, 2.1, NAN, "1", True, None],
+    "frequency_penalty": [-2.1, 2.1, NAN, "1", True, None],
+    "logit_bias": [5, [(1, 2.0)], {-1: 0.0}, {"1": 0.0}, {1: 100.5}, {1: NAN}, {1: "1"}, {1: True}],
+    "allowed_token_ids": ["12", 5, {1, 2}, [], [-1], [1, 2.0], [True], [None]],
+    "stop": [5, {"a"}, b"a", "", ["a", ""], ["a", 1], [None]],
+    "include_stop_str_in_output": [0, "yes", None],
+    "prompt_logprobs": [-2, 1.0, "1", True],
+    "detokenize": [0, "yes", None],
+    "skip_special_tokens": [0, "yes", None],
+    "logits_processors": [max, "max", [max, 1], [None]],
 }
 
 EDGE_VALUES: dict[str, list[Any]] = {
@@ -34,6 +46,18 @@ EDGE_VALUES: dict[str, list[Any]] = {
     "min_tokens": [0, 64, numpy.int16(2)],
     "stop_token_ids": [None, [], [0], (1, 2), range(3), [numpy.int64(4)]],
     "logprobs": [None, -1, 0, 5, numpy.int8(1)],
+    "n": [1, 2, numpy.int64(3)],
+    "repetition_penalty": [1e-9, 0.5, 1, 10.0],
+    "presence_penalty": [-2, 0, 2.0, numpy.float32(0.5)],
+    "frequency_penalty": [-2, 0, 2.0],
+    "logit_bias": [None, {}, {0: -100}, {numpy.int64(7): 100.0}],
+    "allowed_token_ids": [None, [0], (1, 2), range(3)],
+    "stop": [None, "a", [], ["a", "b"], ("end",)],
+    "include_stop_str_in_output": [True, False],
+    "prompt_logprobs": [None, -1, 0, 5],
+    "detokenize": [True, False],
+    "skip_special_tokens": [True, False],
+    "logits_processors": [None, [], [max], (lambda ids, logits: logits,)],
 }
 
 
@@ -54,9 +78,12 @@ def test_the_tables_below_cover_every_parameter(table: dict[str, list[Any]]) -> 
 def test_a_wrong_value_is_refused_with_the_parameters_name_and_the_value(name: str, value: Any) -> None:
     with pytest.raises((TypeError, ValueError)) as refused:
         SamplingParams(**{name: value})
-    wrong = value[-1] if isinstance(value, list) else value  # of a list, the error shows the entry
+    # Of a list or a dict, the error shows the entry.
+    entries = [entry for item in value.items() for entry in item] if isinstance(value, dict) else [value]
+    if isinstance(value, list) and value and name != "logit_bias":
+        entries = value[-1:]
     assert str(refused.value).startswith(name)
-    assert repr(wrong) in str(refused.value)
+    assert any(f"got {entry!r}" in str(refused.value) for entry in entries)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +94,12 @@ def test_a_wrong_value_is_refused_with_the_parameters_name_and_the_value(name: s
         ("top_p", None, TypeError),
         ("top_p", 0.0, ValueError),
         ("ignore_eos", 1, TypeError),
+        ("n", 0, ValueError),
+        ("stop", [1], TypeError),
+        ("stop", "", ValueError),
+        ("logit_bias", [1], TypeError),
+        ("logit_bias", {1: 101}, ValueError),
+        ("logits_processors", [1], TypeError),
         ("stop_token_ids", "12", TypeError),
         ("stop_token_ids", [-1], ValueError),
     ],
@@ -80,7 +113,9 @@ def test_a_wrong_type_is_a_type_error_and_a_wrong_value_a_value_error(
 
 @pytest.mark.parametrize(("name", "value"), cases(EDGE_VALUES))
 def test_the_edges_of_what_is_allowed_and_numpys_numbers_are_taken_as_they_are(name: str, value: Any) -> None:
-    expected = tuple(value) if name == "stop_token_ids" and value is not None else value
+    expected = value
+    if name in ("stop_token_ids", "allowed_token_ids", "stop", "logits_processors") and value is not None:
+        expected = (value,) if isinstance(value, str) else tuple(value)
     assert getattr(SamplingParams(**{name: value}), name) == expected
 
 
@@ -124,7 +159,38 @@ def test_the_defaults_are_nano_vllms_first_three_and_vllms_rest() -> None:
         "min_tokens": 0,
         "stop_token_ids": None,
         "logprobs": None,
+        "n": 1,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logit_bias": None,
+        "allowed_token_ids": None,
+        "stop": None,
+        "include_stop_str_in_output": False,
+        "prompt_logprobs": None,
+        "detokenize": True,
+        "skip_special_tokens": True,
+        "logits_processors": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"n": 2, "temperature": 0}, "n must be 1 at temperature 0.* got 2"),
+        ({"stop": "a", "detokenize": False}, r"stop must be None with detokenize=False, got \('a',\)"),
+    ],
+)
+def test_what_cannot_go_together_is_refused(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**params)
+
+
+def test_the_callers_dict_of_biases_may_change() -> None:
+    bias = {1: 2.0}
+    params = SamplingParams(logit_bias=bias)
+    bias[2] = 1.0
+    assert params.logit_bias == {1: 2.0}
 
 
 def test_the_first_three_are_positional_as_in_nano_vllm_and_the_rest_are_not() -> None:

@@ -1,0 +1,139 @@
+"""Penalties, bias, bans and processors: the numbers are transformers' or the formula's, and rows do not mix."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from nanovllm import SamplingParams
+from nanovllm.engine.adjust import PENALIZED_AT_ONCE, adjust
+from nanovllm.engine.sequence import Sequence
+
+VOCAB_SIZE = 50
+PROMPT, COMPLETION = [3, 4, 4, 9], [9, 9, 1]
+
+
+def make_sequence(completion=COMPLETION, **params):
+    seq = Sequence(0, list(PROMPT), SamplingParams(**params), seed=0, max_tokens=64)
+    for token_id in completion:
+        seq.append(token_id, None, 0.0)
+    return seq
+
+
+def send(values):
+    return torch.as_tensor(np.asarray(values))
+
+
+def adjusted(logits, *sequences):
+    before = logits.clone()
+    after = adjust(logits, list(sequences), send)
+    assert torch.equal(logits, before), "the raw logits are still needed"
+    assert after.dtype == torch.float32
+    return after
+
+
+@pytest.fixture
+def logits():
+    return torch.randn(3, VOCAB_SIZE, generator=torch.Generator().manual_seed(1)) * 4
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_repetition_penalty_is_that_of_transformers(penalty, logits):
+    """Over prompt and completion; a token that is there twice counts once."""
+    plain, seq = make_sequence(), make_sequence(repetition_penalty=penalty)
+    after = adjusted(logits, plain, seq, plain)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seq.token_ids]), logits[1:2].clone())
+    torch.testing.assert_close(after[1:2], expected)
+    assert torch.equal(after[[0, 2]], logits[[0, 2]])
+
+
+def test_presence_and_frequency_penalties_are_the_formulas_over_the_completion(logits):
+    seq = make_sequence(presence_penalty=0.5, frequency_penalty=-0.25)
+    expected = logits[0].clone()
+    expected[9] -= 0.5 - 0.25 * 2
+    expected[1] -= 0.5 - 0.25
+    torch.testing.assert_close(adjusted(logits[:1], seq)[0], expected)
+
+
+def test_penalties_follow_the_history_as_it_grows(logits):
+    seq = make_sequence([], frequency_penalty=1.0)
+    for i, token_id in enumerate([5, 6, 5, 5, 7]):
+        after = adjusted(logits[:1], seq)[0]
+        counts = torch.bincount(torch.tensor([5, 6, 5, 5, 7][:i], dtype=torch.long), minlength=VOCAB_SIZE)
+        torch.testing.assert_close(after, logits[0] - counts)
+        seq.append(token_id, None, 0.0)
+
+
+def test_more_rows_than_are_penalized_at_once():
+    rows = PENALIZED_AT_ONCE * 2 + 5
+    sequences = [make_sequence([i % VOCAB_SIZE] * (i % 7), frequency_penalty=1.0) for i in range(rows)]
+    after = adjusted(torch.zeros(rows, VOCAB_SIZE), *sequences)
+    expected = torch.zeros(rows, VOCAB_SIZE)
+    expected[torch.arange(rows), torch.arange(rows) % VOCAB_SIZE] = -(torch.arange(rows) % 7).float()
+    assert torch.equal(after, expected)
+
+
+def test_bias_is_added_and_bans_and_allowed_tokens_leave_the_rest(logits):
+    biased = make_sequence(logit_bias={2: 3.5, 49: -100.0})
+    early = make_sequence([1], min_tokens=2, stop_token_ids=[7, 8], logit_bias={7: 100.0})
+    few = make_sequence(allowed_token_ids=[10, 3], logit_bias={3: 1.0, 4: 1.0})
+    after = adjusted(logits, biased, early, few)
+    expected = logits.clone()
+    expected[0, 2] += 3.5
+    expected[0, 49] -= 100.0
+    expected[1, [7, 8]] = -torch.inf
+    expected[2] = -torch.inf
+    expected[2, 10] = logits[2, 10]
+    expected[2, 3] = logits[2, 3] + 1.0
+    torch.testing.assert_close(after, expected)
+
+
+def test_stop_tokens_are_banned_until_there_are_min_tokens(logits):
+    seq = make_sequence([], min_tokens=3, stop_token_ids=[1, 2])
+    for num_tokens in range(5):
+        banned = adjusted(logits[:1], seq)[0].isinf().nonzero().flatten().tolist()
+        assert banned == ([1, 2] if num_tokens < 3 else [])
+        seq.append(5, None, 0.0)
+
+
+def test_processors_come_in_order_after_the_rest_and_see_their_own_request(logits):
+    calls = []
+
+    def two(token_ids, row):
+        calls.append((list(token_ids), row.clone()))
+        return row + 1
+
+    def three(prompt_ids, token_ids, row):
+        calls.append((list(prompt_ids), list(token_ids), row.clone()))
+        row[0] = 77.0  # in place
+        return row
+
+    after = adjusted(
+        logits, make_sequence(), make_sequence(logits_processors=[two, three], logit_bias={2: 1.0})
+    )
+    assert calls[0][0] == COMPLETION
+    assert calls[1][:2] == (PROMPT, COMPLETION)
+    biased = logits[1].clone()
+    biased[2] += 1
+    torch.testing.assert_close(calls[0][1], biased)
+    torch.testing.assert_close(calls[1][2], biased + 1)
+    biased[0] = 76.0
+    torch.testing.assert_close(after[1], biased + 1)
+    assert torch.equal(after[0], logits[0])
+
+
+@pytest.mark.parametrize("returned", [None, torch.zeros(3)], ids=str)
+def test_a_processor_that_returns_no_logits_is_named(returned, logits):
+    with pytest.raises(TypeError, match=r"logits_processors: .*lambda.* must return logits \[50\]"):
+        adjusted(logits[:1], make_sequence(logits_processors=[lambda ids, row: returned]))
+
+
+def test_a_finished_sequence_is_left_alone(logits):
+    """It is in the step that was launched before it ended; a processor may not know what to do after the end."""
+
+    def fail(token_ids, row):
+        raise AssertionError("called after the end")
+
+    seq = make_sequence(logits_processors=[fail])
+    seq.finish_reason = "stop"
+    assert torch.equal(adjusted(logits[:1], seq), logits[:1])
