@@ -17,13 +17,14 @@ Messages = list[dict[str, str]]
 
 
 def make_prompt(llm: LLM, system: Messages, turns: Messages, max_tokens: int) -> list[int]:
-    """Token ids of the conversation; the oldest turns are dropped where no room is left for the answer."""
-    while True:
-        messages = system + turns
+    """Token ids of the conversation; the oldest turns are left out where no room is left for the answer."""
+    prompt: list[int] = []
+    for start in range(0, len(turns), 2):  # a turn is a question and its answer
+        messages = system + turns[start:]
         prompt = llm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        if len(prompt) + max_tokens <= llm.engine.max_model_len or len(turns) == 1:
-            return prompt
-        del turns[:2]  # a question and its answer
+        if len(prompt) + max_tokens <= llm.engine.max_model_len:
+            break
+    return prompt
 
 
 def say(llm: LLM, prompt: list[int], params: SamplingParams) -> str:

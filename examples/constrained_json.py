@@ -1,8 +1,8 @@
-"""Answers that keep to a JSON schema or a regular expression (`pip install llguidance`), by a logits processor.
+"""Answers that keep to a JSON schema or a regular expression: a logits processor on `pip install llguidance`.
 
-python examples/constrained_json.py                                          # three answers, each of another form
-python examples/constrained_json.py --regex "(19|20)[0-9]{2}" "When did a human first walk on the Moon?"
-python examples/constrained_json.py --schema schema.json --model Qwen/Qwen3-0.6B "Describe Paris." "Describe Rome."
+python examples/constrained_json.py                                  # three answers, each of another schema
+python examples/constrained_json.py --regex "(19|20)[0-9]{2}" "When did people first walk on the Moon?"
+python examples/constrained_json.py --schema schema.json --model Qwen/Qwen3-0.6B "Describe Paris."
 """
 
 import argparse
@@ -39,10 +39,11 @@ QUESTIONS = {
 
 
 class Constraint:
-    """A logits processor that leaves only the tokens after which an answer can still become one of the grammar.
+    """A logits processor that leaves only tokens after which an answer can still become one of the grammar.
 
-    It is a function of the answer so far: what it keeps saves parsing that from the start for every token. So a request
-    should have its own, but nothing goes wrong where answers share one (n > 1, or parameters that are used again).
+    It is a function of the answer so far; what it keeps saves parsing that from its start for every token. So
+    each request should have its own, and nothing goes wrong where answers share one: n > 1, parameters that
+    are used again.
     """
 
     def __init__(self, tokenizer: LLTokenizer, grammar: str) -> None:
@@ -62,7 +63,7 @@ class Constraint:
 
 
 def json_grammar(schema: dict[str, Any]) -> str:
-    """The schema's grammar, with spaces where models like them; where any are allowed, some go on for ever."""
+    """The schema's grammar, with spaces where models like them: free to, some add spaces for ever."""
     return LLMatcher.grammar_from_json_schema(
         schema,
         overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},

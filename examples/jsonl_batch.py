@@ -100,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = read_rows(args.input)
     start = find_start(args.output)
     todo = [row for row in rows if row["index"] >= start]
+    if not todo:
+        return print("every row is answered")
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
     with (
         LLM(args.model) as llm,

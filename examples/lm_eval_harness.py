@@ -1,7 +1,7 @@
 """Measure a model with EleutherAI's lm-eval (`pip install lm-eval`): its model interface, served by `LLM`.
 
-python examples/lm_eval_harness.py                 # three small tasks made of examples/data/facts.jsonl, offline
-python examples/lm_eval_harness.py --compare       # the scores of lm-eval's own transformers model beside ours
+python examples/lm_eval_harness.py                # three small tasks of examples/data, offline
+python examples/lm_eval_harness.py --compare      # and lm-eval's own transformers model beside ours
 python examples/lm_eval_harness.py --model Qwen/Qwen3-0.6B --dtype auto --tasks hellaswag gsm8k --limit 200
 """
 
@@ -31,7 +31,7 @@ class NanoVLLM(TemplateLM):
     def __init__(self, llm: LLM) -> None:
         super().__init__()
         self.llm, self.tokenizer = llm, llm.get_tokenizer()
-        # lm-eval scores up to max_length + 1 tokens at once; the engine needs room for one more, which it draws
+        # lm-eval scores max_length + 1 tokens at most; the engine needs room for another one, which it draws
         self.max_length = llm.engine.max_model_len - 2
 
     @property

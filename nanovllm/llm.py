@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from functools import cached_property
 from itertools import count
 from os import PathLike
 from pathlib import Path
@@ -47,6 +48,7 @@ class LLM:
         self._random = random.Random(self.config.seed)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._eos_token_ids: frozenset[int] | None = None
+        self._token_texts: dict[int, str] = {}
 
     def generate(
         self,
@@ -269,11 +271,11 @@ class LLM:
             for seq in request:
                 self.engine.add(seq)
 
-    @property
+    @cached_property
     def _tokenizer_folder(self) -> Path:
         return self.engine.folder if self.config.tokenizer is None else resolve_model(self.config.tokenizer)
 
-    @property
+    @cached_property
     def _has_tokenizer(self) -> bool:
         return any((self._tokenizer_folder / name).is_file() for name in TOKENIZER_FILES)
 
@@ -335,7 +337,15 @@ class LLM:
         """With the tokens' texts."""
         if candidates is None:
             return None
-        return {t: replace(p, decoded_token=self._decode([t])) for t, p in candidates.items()}
+        return {
+            t: Logprob(logprob, rank, self._token_text(t)) for t, (logprob, rank, _) in candidates.items()
+        }
+
+    def _token_text(self, token_id: int) -> str:
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = self._decode([token_id])
+        return text
 
     def _decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
         """Their text; empty if there is no tokenizer."""

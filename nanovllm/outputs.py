@@ -1,13 +1,12 @@
 """What comes out: vLLM's RequestOutput and CompletionOutput, and the increments of a stream."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort"]
 
 
-@dataclass(frozen=True, slots=True)
-class Logprob:
+class Logprob(NamedTuple):
     """One candidate at one position: its log-probability, its rank (1 is the most likely) and its text."""
 
     logprob: float

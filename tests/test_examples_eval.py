@@ -1,4 +1,4 @@
-"""The examples that need a library of others: constrained answers keep to their form, lm-eval's scores are its own."""
+"""The examples with others' libraries: answers keep to their schemas, lm-eval's scores are transformers'."""
 
 import importlib.util
 import json
@@ -75,7 +75,7 @@ def test_random_completions_of_one_request_may_share_a_constraint(constrained, l
 
 
 def test_a_constraint_depends_on_nothing_but_the_answer_so_far(constrained, llm):
-    """Else a request that is drawn again, or parameters that are used again, would continue another answer."""
+    """Else parameters that are used again would continue the answer of before."""
     tokenizer = constrained.from_tokenizer(llm.get_tokenizer(), n_vocab=49200)
     grammar = constrained.LLMatcher.grammar_from_regex("ab|cd")
     used = constrained.Constraint(tokenizer, grammar)
@@ -136,25 +136,30 @@ def test_lm_eval_cuts_what_is_too_long_as_its_transformers_model_does(harness, d
     ours = harness.NanoVLLM(LLM(demo_model, device="cpu", dtype="float32", max_model_len=34, use_tqdm=False))
     assert ours.max_length == 32
     theirs = hf.HFLM(str(demo_model), device="cpu", dtype="float32", max_length=32, batch_size=1)
-    story = " ".join(f"On day {i} the cat ate {i * i} fish and slept." for i in range(12))
+    story = (
+        "The river was wide and slow. A fisherman named Oren mended his nets and sang about the sea, the "
+        "moon and an old dog that had once belonged to his father in the"
+    )
     template = "<|im_start|>user\nWhat is two and two?<|im_end|>\n<|im_start|>assistant\n"
-    greedy = {"until": [" cat", "fish"], "max_gen_toks": 12}
+    count = "One, two, three,"
     requests = {
         "loglikelihood": [
-            (story, " The end."),
+            (story, " past."),
             ("", "Once"),
-            ("One, two, three,", " four"),
-            (story, story[:60]),
+            (count, " four"),
+            (count, " and"),
+            (count, story[:60]),
         ],
         "loglikelihood_rolling": [(story,), ("Once",), (story[:90],)],
         "generate_until": [
-            (story, greedy),
-            (template, {"until": [], "max_new_tokens": 16}),
-            ("One, ", greedy),
+            (story, {"until": ["zebra", " grey"], "max_gen_toks": 12}),
+            (story, {"until": "fish", "max_new_tokens": 9}),
+            (template, {"until": [], "max_gen_toks": 16, "do_sample": False}),
         ],
     }
     for kind, arguments in requests.items():
         instances = [harness.Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
         our_replies, their_replies = (getattr(model, kind)(instances) for model in (ours, theirs))
         assert flatten(our_replies) == pytest.approx(flatten(their_replies), abs=1e-3), kind
-    assert ours.loglikelihood([harness.Instance("loglikelihood", {}, ("One, two, three,", " four"), 0)])[0][1]
+        if kind == "loglikelihood":
+            assert [is_greedy for _, is_greedy in our_replies] == [True, False, True, False, False]

@@ -1,4 +1,4 @@
-"""The kernels of attention compile for the GPUs that people own, within the shared memory that those have.
+"""The kernels of attention and of sampling compile for the GPUs that people own, within the shared memory that those have.
 
 Compiling needs no GPU, but a process in which Triton does not interpret.
 """
@@ -19,7 +19,9 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from nanovllm.attention.triton import decode_tiles, prefill_tiles
+from nanovllm.kernels.gumbel import gumbel_max_kernel
 from nanovllm.kernels.paged_attention import decode_kernel, prefill_kernel
+from nanovllm.kernels.truncation import UNUSED_BITS, least_kept_kernel
 
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 FLOATS = ("q_ptr", "k_cache", "v_cache", "out_ptr")
@@ -41,11 +43,23 @@ def shared_memory(kernel, tiles, capability, head_dim, group, dtype):
     options = {"num_warps": tiles["num_warps"], "num_stages": tiles["num_stages"]}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
+def sampling_memory(kernel, capability, dtype):
+    constants = {"SHIFT": UNUSED_BITS[getattr(torch, dtype)], "HAS_LEAST": True, "BLOCK": 8192}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = {name: "constexpr" for name in constants} | {"logits": "*" + TYPES[dtype], "least": "*fp32"}
+    types |= {"best": "*i64", "vocab_size": "i32", "stride": "i32", "per_split": "i32"}
+    signature = {name: types.get(name, "*i32") for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": 16}).metadata.shared
+
 capabilities, shapes, dtypes = json.loads(sys.argv[1])
 for capability, (head_dim, group), dtype in itertools.product(capabilities, shapes, dtypes):
     for kernel, tiles in ((decode_kernel, decode_tiles), (prefill_kernel, prefill_tiles)):
         taken = shared_memory(kernel, tiles(head_dim, group, getattr(torch, dtype)), capability, head_dim, group, dtype)
         print(json.dumps([kernel.__name__, capability, head_dim, group, dtype, taken]))
+for capability, dtype, kernel in itertools.product(capabilities, dtypes, (least_kept_kernel, gumbel_max_kernel)):
+    print(json.dumps([kernel.__name__, capability, dtype, sampling_memory(kernel, capability, dtype)]))
 """
 
 
@@ -62,7 +76,7 @@ for capability, (head_dim, group), dtype in itertools.product(capabilities, shap
     ],
     ids=["some", "all"],
 )
-def test_attention_compiles_within_99_kilobytes(capabilities, shapes, dtypes):
+def test_kernels_compile_within_99_kilobytes(capabilities, shapes, dtypes):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "-c", COMPILE, json.dumps([capabilities, shapes, dtypes])],
@@ -72,5 +86,5 @@ def test_attention_compiles_within_99_kilobytes(capabilities, shapes, dtypes):
     )
     assert result.returncode == 0, result.stderr
     compiled = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(compiled) == 2 * len(capabilities) * len(shapes) * len(dtypes)
+    assert len(compiled) == 2 * len(capabilities) * (len(shapes) + 1) * len(dtypes)
     assert [c for c in compiled if c[-1] > MAX_SHARED_MEMORY] == []

@@ -12,6 +12,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import LogitsProcessor
 
 Send = Callable[[ArrayLike], Tensor]  # to the device, without waiting
+Asking = list[tuple[int, Sequence]]  # sequences with their rows
 PENALIZED_AT_ONCE = 64  # rows, each of which takes a count for every token of the vocabulary
 
 
@@ -30,49 +31,49 @@ def adjust(logits: Tensor, sequences: list[Sequence], send: Send) -> Tensor:
     return logits
 
 
-def _penalize(logits: Tensor, penalized: list[tuple[int, Sequence]], send: Send) -> None:
+def _penalize(logits: Tensor, penalized: Asking, send: Send) -> None:
     """Repetition (prompt and completion), presence and frequency (completion) penalties, on their rows in place."""
-    rows = send([i for i, _ in penalized])
+    params = [seq.params for _, seq in penalized]
     histories = [seq.history for _, seq in penalized]
     lens = [len(history) for history in histories]
-    in_completion = [
-        np.arange(n) >= seq.num_prompt_tokens for n, (_, seq) in zip(lens, penalized, strict=True)
-    ]
-    shape = (len(penalized), logits.shape[1])
-    place = send(np.repeat(np.arange(len(lens)) * shape[1], lens) + np.concatenate(histories))
-    is_known = logits.new_zeros(shape, dtype=torch.bool)
-    is_known.view(-1)[place] = True
-    counts = logits.new_zeros(shape)
-    counts.view(-1).scatter_add_(0, place, send(np.concatenate(in_completion).astype(np.float32)))
-    params = [seq.params for _, seq in penalized]
+    ends = np.cumsum(lens)
+    prompt_ends = ends - lens + [seq.num_prompt_tokens for _, seq in penalized]
+    token_ids, num_tokens = send(np.concatenate(histories)), int(ends[-1])
+    owners = torch.repeat_interleave(send(lens), output_size=num_tokens)
+    in_completion = torch.arange(num_tokens, device=logits.device) >= send(prompt_ends)[owners]
+    place = owners * logits.shape[1] + token_ids
+    is_known = logits.new_zeros(len(lens), logits.shape[1], dtype=torch.bool)
+    is_known.view(-1).scatter_(0, place, True)
+    counts = logits.new_zeros(is_known.shape)
+    counts.view(-1).scatter_add_(0, place, in_completion.float())
     penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
-    repetition, presence, frequency = send(np.array(penalties, np.float32).T).unsqueeze(2)
-    x = logits[rows]
+    repetition, presence, frequency = send(np.array(penalties, np.float32)).unsqueeze(2).unbind(1)
+    rows = send([i for i, _ in penalized])
+    x = logits.index_select(0, rows)
     x = torch.where(is_known, torch.where(x > 0, x / repetition, x * repetition), x)
-    logits[rows] = x - frequency * counts - presence * (counts > 0)
+    logits.index_copy_(0, rows, x - frequency * counts - presence * (counts > 0))
 
 
-def _add_bias(logits: Tensor, asking: list[tuple[int, Sequence]], send: Send) -> None:
+def _add_bias(logits: Tensor, asking: Asking, send: Send) -> None:
     """Add `logit_bias`, and -inf to the tokens that would stop too early, in place."""
-    biases = [
-        (i, token_id, bias) for i, seq in asking for token_id, bias in (seq.params.logit_bias or {}).items()
-    ]
-    biases += [(i, token_id, -np.inf) for i, seq in asking for token_id in seq.banned_token_ids]
+    start = logits.shape[1]
+    biases = [(i * start + t, b) for i, seq in asking for t, b in (seq.params.logit_bias or {}).items()]
+    biases += [(i * start + t, -np.inf) for i, seq in asking for t in seq.banned_token_ids]
     if biases:
-        rows, token_ids, values = zip(*biases, strict=True)
-        bias = send(np.array(values, np.float32))
-        logits.index_put_((send(rows), send(token_ids)), bias, accumulate=True)
+        places, values = zip(*biases, strict=True)
+        logits.view(-1).scatter_add_(0, send(places), send(np.array(values, np.float32)))
 
 
-def _keep_allowed(logits: Tensor, asking: list[tuple[int, Sequence]], send: Send) -> None:
+def _keep_allowed(logits: Tensor, asking: Asking, send: Send) -> None:
     """Where only some tokens are allowed, set all others to -inf, in place."""
-    allowed = [(i, seq.params.allowed_token_ids) for i, seq in asking if seq.params.allowed_token_ids]
+    allowed = [
+        (i, np.asarray(seq.params.allowed_token_ids)) for i, seq in asking if seq.params.allowed_token_ids
+    ]
     if allowed:
-        rows = send(np.repeat([i for i, _ in allowed], [len(ids) for _, ids in allowed]))
-        places = rows, send(np.concatenate([ids for _, ids in allowed]))
-        kept = logits[places]
-        logits[send([i for i, _ in allowed])] = -torch.inf
-        logits[places] = kept
+        places = send(np.concatenate([i * logits.shape[1] + token_ids for i, token_ids in allowed]))
+        kept = logits.view(-1).index_select(0, places)
+        logits.index_fill_(0, send([i for i, _ in allowed]), -torch.inf)
+        logits.view(-1).index_copy_(0, places, kept)
 
 
 def _process(processor: LogitsProcessor, seq: Sequence, logits: Tensor) -> Tensor:

@@ -393,7 +393,8 @@ class ModelRunner:
 
     def _run_largest_steps(self, config: Config, max_len: int) -> None:
         """Run the steps that take the most memory, on row 0 and block 0: longest prompts, then most sequences."""
-        plain, demanding = SamplingParams(), SamplingParams(top_p=0.9, logprobs=0, presence_penalty=1.0)
+        plain = SamplingParams()
+        demanding = SamplingParams(top_p=0.9), SamplingParams(top_p=0.9, logprobs=0, presence_penalty=1.0)
         prompts, decodes = Step(), Step()
         num_tokens = config.max_num_batched_tokens
         while num_tokens and len(prompts.chunks) < config.max_num_seqs:
@@ -406,7 +407,8 @@ class ModelRunner:
         for step in (prompts, decodes):
             launched = self.forward(step)
             self.sample(launched)
-            sequences = [Sequence(0, [0], demanding, seed=0, max_tokens=1) for _ in launched.sequences]
-            self.sample(launched._replace(sequences=sequences))
+            for params in demanding:
+                sequences = [Sequence(0, [0], params, seed=0, max_tokens=1) for _ in launched.sequences]
+                self.sample(launched._replace(sequences=sequences))
             del launched  # its logits are not there while the next step runs
             self.synchronize()

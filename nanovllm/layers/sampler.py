@@ -140,7 +140,8 @@ def _mix32(x: Tensor) -> Tensor:
 def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-softmax of raw logits [R, vocabulary]: of `token_ids` [R], with their ranks (1 is the most likely), and
     the `num_top` largest with their token ids: float32 [R], int64 [R], float32 [R, num_top], int64 [R, num_top]."""
-    values = torch.log_softmax(logits.float(), dim=-1)
-    drawn = values.gather(1, token_ids.unsqueeze(1))
-    top = values.topk(num_top, dim=-1)
-    return drawn.squeeze(1), (values >= drawn).sum(dim=-1), top.values, top.indices
+    norm = torch.logsumexp(logits.float(), dim=-1, keepdim=True)
+    drawn = logits.gather(1, token_ids.unsqueeze(1))
+    top = logits.topk(num_top, dim=-1)
+    rank = (logits >= drawn).sum(dim=-1)
+    return (drawn.float() - norm).squeeze(1), rank, top.values.float() - norm, top.indices
