@@ -222,16 +222,9 @@ class ModelConfig:
     eos_token_ids: frozenset[int]
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        ):
-            check_int(f"{name} of the checkpoint", getattr(self, name), 1)
+        for f in fields(self):
+            if f.type is int:
+                check_int(f"{f.name} of the checkpoint", getattr(self, f.name), 1)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads evenly"

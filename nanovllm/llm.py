@@ -355,31 +355,29 @@ class LLM:
 
 
 class _ProgressBar:
-    """Finished requests, tokens per second of the last half second (at the end: of the whole), and KV use."""
+    """Finished requests, tokens per second since the start, and the KV pool's use."""
 
     def __init__(self, num_requests: int, show: bool):
         self.bar = tqdm(total=num_requests, desc="Generating", unit="request", disable=not show)
-        self.start = self.window_start = time.perf_counter()
-        self.total = self.window_total = StepCounts()
+        self.start = time.perf_counter()
+        self.total = StepCounts()
 
     def __enter__(self) -> "_ProgressBar":
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._show(self.total, time.perf_counter() - self.start)
         self.bar.close()
 
     def update(self, num_finished: int, counts: StepCounts, engine: LLMEngine) -> None:
-        self.bar.update(num_finished)
         self.total = self.total.plus(counts)
-        self.window_total = self.window_total.plus(counts)
-        now = time.perf_counter()
-        if not self.bar.disable and now - self.window_start > 0.5:
-            self._show(
-                self.window_total, now - self.window_start, KV=f"{engine.stats()['kv_cache_usage']:.0%}"
-            )
-            self.window_start, self.window_total = now, StepCounts()
-
-    def _show(self, counts: StepCounts, seconds: float, **more: str) -> None:
-        prefill, decode = counts.num_prefill_tokens / seconds, counts.num_decode_tokens / seconds
-        self.bar.set_postfix(prefill=f"{prefill:.0f}tok/s", decode=f"{decode:.0f}tok/s", **more)
+        if not self.bar.disable:
+            seconds = time.perf_counter() - self.start
+            prefill, decode = (num / seconds for num in self.total)
+            kv_usage = engine.stats()["kv_cache_usage"]
+            rates = {
+                "prefill": f"{prefill:.0f}tok/s",
+                "decode": f"{decode:.0f}tok/s",
+                "KV": f"{kv_usage:.0%}",
+            }
+            self.bar.set_postfix(rates, refresh=False)
+            self.bar.update(num_finished)

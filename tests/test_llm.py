@@ -391,10 +391,12 @@ def test_if_the_device_cannot_be_synchronised_the_llm_is_closed(llm, monkeypatch
 
 
 def test_progress_goes_to_stderr_and_can_be_turned_off(tiny_model, capfd):
-    llm = make_llm(tiny_model(), use_tqdm=False)
+    folder = tiny_model()  # transformers may show progress of its own
+    capfd.readouterr()
+    llm = make_llm(folder, use_tqdm=False)
     llm.generate(PROMPTS, greedy(4), use_tqdm=False)
     assert capfd.readouterr() == ("", "")
-    llm = make_llm(tiny_model(), use_tqdm=True)
+    llm = make_llm(folder, use_tqdm=True)
     llm.generate(PROMPTS, greedy(4))
     out, err = capfd.readouterr()
     assert out == ""
