@@ -117,16 +117,17 @@ class LLM:
             raise TypeError(
                 f"conversations must be a list of messages or of conversations, got {conversations!r}"
             )
+        tokenizer = self.tokenizer
         is_one = len(conversations) > 0 and isinstance(conversations[0], Mapping)
         options = {"add_generation_prompt": True} | template_options | {"tokenize": False}
         options |= options.pop("chat_template_kwargs", None) or {}
         prompts = []
         for i, conversation in enumerate([conversations] if is_one else conversations):
             try:
-                text = self.tokenizer.apply_chat_template(conversation, **options)
+                text = tokenizer.apply_chat_template(conversation, **options)
             except Exception as error:  # a template is a program, and raises what it likes
                 raise ValueError(f"conversations[{i}] is refused by the chat template: {error}") from error
-            token_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -145,6 +146,8 @@ class LLM:
         try:
             self._start(requests)
             while running:
+                if self.engine.is_idle and not any(seq.is_finished for _, _, seq in running):
+                    raise RuntimeError("an error in another call has dropped this stream's requests")
                 self.engine.step()
                 self.engine.take_finished(request_ids)
                 for i, j, seq in running:

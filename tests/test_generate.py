@@ -400,6 +400,24 @@ def test_leaving_a_stream_drops_its_requests_and_no_other(demo):
     assert_nothing_leaks(demo)
 
 
+def test_other_calls_may_come_between_the_increments_of_a_stream(llm):
+    alone = collect(llm.stream([[1], [2, 3]], greedy(9)))
+    increments = llm.stream([[1], [2, 3]], greedy(9))
+    first = next(increments)
+    assert len(llm.generate([[4]], greedy(5), use_tqdm=False)[0]["token_ids"]) == 5
+    assert collect([first, *increments]) == alone
+
+
+def test_a_stream_whose_requests_an_error_dropped_says_so(llm):
+    increments = llm.stream([[1], [2, 3]], greedy(9))
+    next(increments)
+    with pytest.raises(TypeError):
+        llm.generate([[4]], greedy(5, logits_processors=[lambda token_ids, logits: None]), use_tqdm=False)
+    with pytest.raises(RuntimeError, match="has dropped this stream's requests"):
+        list(increments)
+    assert_nothing_leaks(llm)
+
+
 def test_a_stream_checks_its_prompts_at_once(llm):
     with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
         llm.stream([[1], []])

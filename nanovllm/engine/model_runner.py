@@ -72,9 +72,7 @@ class SampledTokens:
 
     sequences: list[Sequence]
     token_ids: Tensor  # [S]
-    logprobs: tuple[
-        Tensor, ...
-    ]  # of the sequences that ask for them: see layers.sampler.logprobs; else empty
+    logprobs: tuple[Tensor, ...]  # of the sequences that ask: see layers.sampler.logprobs; empty if none does
     prompt_logprobs: list[PromptLogprobs]
     copied: torch.cuda.Event | None  # reached when all are on the CPU
 
