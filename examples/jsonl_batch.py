@@ -36,6 +36,10 @@ def read_rows(file: Path) -> list[Row]:
                 row = json.loads(line)
                 if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
                     raise ValueError("an object with either 'prompt' or 'messages' is needed")
+                if not isinstance(row.get("prompt", ""), str) or not isinstance(
+                    row.get("messages", []), list
+                ):
+                    raise ValueError("'prompt' must be a text, and 'messages' a list")
                 if taken := row.keys() & ANSWER_FIELDS:
                     raise ValueError(f"the answer needs these names of fields: {sorted(taken)}")
             except ValueError as error:
@@ -115,9 +119,8 @@ def main(argv: list[str] | None = None) -> None:
                 if some := [row for row in chunk if field in row]:
                     # a seed that depends on the row alone, so that a run that goes on draws the same tokens
                     seeded = [replace(params, seed=row["index"]) for row in some]
-                    for row, new in zip(
-                        some, answer(call, [row[field] for row in some], seeded), strict=True
-                    ):
+                    answers = answer(call, [row[field] for row in some], seeded)
+                    for row, new in zip(some, answers, strict=True):
                         row |= new
             output.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in chunk)
             output.flush()

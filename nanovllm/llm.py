@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from nanovllm.config import Config, read_json, token_id_set
 from nanovllm.detokenizer import Detokenizer
 from nanovllm.engine.llm_engine import LLMEngine, StepCounts
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import LogprobRow, Sequence
 from nanovllm.models.loader import resolve_model
 from nanovllm.outputs import CompletionOutput, Increment, Logprob, RequestMetrics, RequestOutput
 from nanovllm.prompts import Prompt, check_request, parse_requests
@@ -295,7 +295,9 @@ class LLM:
         first = samples[0]
         prompt_logprobs = None
         if first.params.prompt_logprobs is not None:
-            prompt_logprobs = [self._name(candidates) for candidates in first.prompt_logprobs]
+            prompt_logprobs = self._candidates(
+                first.token_ids, first.prompt_logprobs, first.params.prompt_logprobs
+            )
         return RequestOutput(
             request_id=first.request_id,
             prompt=first.prompt,
@@ -333,16 +335,26 @@ class LLM:
             "finish_reason": seq.finish_reason,
             "stop_reason": seq.stop_reason,
             "cumulative_logprob": seq.cumulative_logprob if asks else None,
-            "logprobs": [self._name(c) for c in seq.logprobs[start:]] if asks else None,
+            "logprobs": self._candidates(token_ids[start:], seq.logprobs[start:], params.logprobs)
+            if asks
+            else None,
         }
 
-    def _name(self, candidates: dict[int, Logprob] | None) -> Any:
-        """With the tokens' texts."""
-        if candidates is None:
-            return None
-        return {
-            t: Logprob(logprob, rank, self._token_text(t)) for t, (logprob, rank, _) in candidates.items()
-        }
+    def _candidates(
+        self, token_ids: list[int], rows: Seq[LogprobRow | None], num_top: int | None
+    ) -> list[Any]:
+        """For each token a dict of itself and the `num_top` most likely ones, with their texts."""
+        candidates: list[dict[int, Logprob] | None] = []
+        for token_id, row in zip(token_ids, rows, strict=False):
+            if row is None:
+                candidates.append(None)
+                continue
+            logprob, rank, values, ids = row
+            found = {token_id: Logprob(logprob, rank, self._token_text(token_id))}
+            for i in range(len(ids) if num_top == -1 else num_top or 0):
+                found[ids[i]] = Logprob(values[i], i + 1, self._token_text(ids[i]))
+            candidates.append(found)
+        return candidates
 
     def _token_text(self, token_id: int) -> str:
         text = self._token_texts.get(token_id)

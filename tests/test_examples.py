@@ -122,6 +122,8 @@ def test_jsonl_interrupted_has_whole_chunks_and_goes_on(batch_run, tmp_path, mon
         ("{", "line 2: Expecting"),
         ("[1]", "line 2: an object with either"),
         ('{"prompt": "a", "messages": []}', "line 2: an object with either"),
+        ('{"prompt": 5}', "line 2: 'prompt' must be a text"),
+        ('{"messages": "a"}', "line 2: .* 'messages' a list"),
         ('{"prompt": "a", "text": "b", "index": 3}', r"line 2: .*\['index', 'text'\]"),
     ],
 )
@@ -359,7 +361,9 @@ def test_own_attention_equals_a_dense_mask(own_attention, tiny_model, device, wi
 @pytest.mark.slow
 def test_own_attention_needs_its_sinks(own_attention, demo_model, capsys):
     """What StreamingLLM found: a window alone loses much more than a window with the first tokens."""
-    plain, with_sinks, alone = own_attention.main(["--length", "128", "--window", "24"]).values()
+    plain, with_sinks, alone = own_attention.main(
+        [str(EXAMPLES.parent / "LICENSE"), "--length", "192", "--window", "32"]
+    ).values()
     assert plain < with_sinks < 2 * plain
     assert alone > 2 * with_sinks
     assert capsys.readouterr().out.count("perplexity") == 3

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,12 +33,11 @@ from nanovllm.engine.packing import (
     upload,
 )
 from nanovllm.engine.scheduler import ScheduledChunk, Step
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import LogprobRow, Sequence
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.sampler import SamplingBatch, logprobs, pack_sampling, sample
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import load_dummy, load_weights
-from nanovllm.outputs import Logprob
 from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -76,37 +75,26 @@ class SampledTokens:
     prompt_logprobs: list[PromptLogprobs]
     copied: torch.cuda.Event | None  # reached when all are on the CPU
 
-    def result(self) -> Iterator[tuple[Sequence, int, dict[int, Logprob] | None]]:
-        """Wait for the tokens; for each sequence its token and, if it asks, the token's and others' log-probabilities.
+    def result(self) -> Iterator[tuple[Sequence, int, LogprobRow | None]]:
+        """Wait for the tokens; for each sequence its token and, if it asks, what `logprobs` says of it.
 
-        Those of prompts are handed to their sequences.
+        Log-probabilities of prompts are handed to their sequences.
         """
         if self.copied is not None:
             self.copied.synchronize()
         for seq, start, tensors in self.prompt_logprobs:
-            token_ids = seq.token_ids[start : start + len(tensors[0])]
-            num_top = seq.params.prompt_logprobs
-            read = [_candidates(*entry, num_top) for entry in zip(token_ids, _rows(tensors), strict=True)]
-            seq.prompt_logprobs[start : start + len(read)] = read
+            seq.prompt_logprobs[start : start + len(tensors[0])] = _rows(tensors)
         rows = _rows(self.logprobs)
         for seq, token_id in zip(self.sequences, self.token_ids.tolist(), strict=True):
-            asks = seq.params.logprobs is not None
-            yield seq, token_id, _candidates(token_id, next(rows), seq.params.logprobs) if asks else None
+            yield seq, token_id, None if seq.params.logprobs is None else next(rows)
 
 
 def _to_cpu(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
 
 
-def _rows(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Any, ...]]:
+def _rows(tensors: tuple[Tensor, ...]) -> Iterator[LogprobRow]:
     return zip(*(tensor.tolist() for tensor in tensors), strict=True)
-
-
-def _candidates(token_id: int, row: tuple[Any, ...], num_top: int | None) -> dict[int, Logprob]:
-    """The token and the `num_top` most likely ones."""
-    logprob, rank, values, ids = row
-    top = range(len(ids) if num_top == -1 else num_top or 0)
-    return {token_id: Logprob(logprob, rank)} | {ids[i]: Logprob(values[i], i + 1) for i in top}
 
 
 class ModelRunner:
@@ -280,8 +268,10 @@ class ModelRunner:
         asking = [(i, seq.params.logprobs) for i, seq in special if seq.params.logprobs is not None]
         if not asking:
             return ()
-        rows = self._send([i for i, _ in asking])
-        return logprobs(logits[rows], token_ids[rows].long(), self._num_top([n for _, n in asking]))
+        if len(asking) < len(logits):
+            rows = self._send([i for i, _ in asking])
+            logits, token_ids = logits[rows], token_ids[rows]
+        return logprobs(logits, token_ids.long(), self._num_top([n for _, n in asking]))
 
     def _prompt_logprobs(self, chunks: list[ScheduledChunk], hidden: Tensor) -> list[PromptLogprobs]:
         """Of the prompts that ask for them and have not read them before a preemption, in slices of rows."""

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.sequence import Sequence
-from nanovllm.outputs import Logprob
+from nanovllm.engine.sequence import LogprobRow, Sequence
 
 
 class ScheduledChunk(NamedTuple):
@@ -91,7 +90,7 @@ class Scheduler:
             self._schedule_waiting(step, budget)
         return step if step.decodes or step.chunks else None
 
-    def commit(self, sampled: Iterable[tuple[Sequence, int, dict[int, Logprob] | None]]) -> list[Sequence]:
+    def commit(self, sampled: Iterable[tuple[Sequence, int, LogprobRow | None]]) -> list[Sequence]:
         """Take the tokens that a step drew, with their log-probabilities; return the sequences that finished.
 
         A sequence that was finished before (aborted) is passed over.
@@ -100,10 +99,10 @@ class Scheduler:
         block_size = self.block_manager.block_size
         results = list(sampled)  # waits for them
         now = time.time()
-        for seq, token_id, candidates in results:
+        for seq, token_id, logprobs in results:
             if seq.is_finished:
                 continue
-            seq.append(token_id, candidates, now)
+            seq.append(token_id, logprobs, now)
             if seq.row and seq.num_computed_tokens >= (len(seq.prefix_ids) + 1) * block_size:
                 self.block_manager.register(seq)
             if seq.is_finished:

@@ -6,8 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanovllm.detokenizer import Detokenizer
-from nanovllm.outputs import FinishReason, Logprob
+from nanovllm.outputs import FinishReason
 from nanovllm.sampling_params import SamplingParams
+
+# A token's log-probability and rank, and those of the most likely tokens with their ids: see layers.sampler.logprobs.
+LogprobRow = tuple[float, int, list[float], list[int]]
 
 
 @dataclass(eq=False, slots=True)
@@ -45,8 +48,8 @@ class Sequence:
     row: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
+    logprobs: list[LogprobRow] = field(default_factory=list)
+    prompt_logprobs: list[LogprobRow | None] = field(default_factory=lambda: [None])
     cumulative_logprob: float = 0.0
     arrival_time: float = 0.0  # these three in seconds since the epoch
     first_token_time: float = 0.0
@@ -105,13 +108,13 @@ class Sequence:
             return frozenset()
         return self.eos_token_ids.union(self.params.stop_token_ids or ())
 
-    def append(self, token_id: int, candidates: dict[int, Logprob] | None, now: float) -> None:
+    def append(self, token_id: int, logprobs: LogprobRow | None, now: float) -> None:
         """Take the pending token and its log-probabilities, and find out whether it ends the completion."""
         self.token_ids.append(token_id)
         self.num_pending -= 1
-        if candidates is not None:
-            self.logprobs.append(candidates)
-            self.cumulative_logprob += candidates[token_id].logprob
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+            self.cumulative_logprob += logprobs[0]
         num_tokens = self.num_completion_tokens
         if num_tokens == 1:
             self.first_token_time = now
