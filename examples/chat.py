@@ -22,7 +22,7 @@ def make_prompt(llm: LLM, system: Messages, turns: Messages, max_tokens: int) ->
     for start in range(0, len(turns), 2):  # a turn is a question and its answer
         messages = system + turns[start:]
         prompt = llm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        if len(prompt) + max_tokens <= llm.engine.max_model_len:
+        if len(prompt) + max_tokens <= llm.max_model_len:
             break
     return prompt
 

@@ -125,9 +125,9 @@ class LLM:
         for i, conversation in enumerate([conversations] if is_one else conversations):
             try:
                 text = tokenizer.apply_chat_template(conversation, **options)
+                token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             except Exception as error:  # a template is a program, and raises what it likes
                 raise ValueError(f"conversations[{i}] is refused by the chat template: {error}") from error
-            token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -195,6 +195,11 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forget what is cached, so that no later request shares it."""
         self.engine.scheduler.block_manager.forget_all()
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens that a prompt and its completion may have together."""
+        return self.engine.max_model_len
 
     def stats(self) -> dict[str, Any]:
         """Size and use of the KV pool, and counts since the start (prefix cache in tokens, preemptions)."""

@@ -106,6 +106,10 @@ def _parse_prompt(prompt: Any, name: str) -> tuple[str | None, list[int] | None]
     if text is not None and not isinstance(text, str):
         raise TypeError(f"{name} must have text as its prompt, got {text!r}")
     if token_ids is None and text is not None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair, which no tokenizer takes
+            raise ValueError(f"{name} must be text in Unicode, got {text!r:.200}: {error}") from None
         return text, None
     try:
         return text, array("q", iter(token_ids)).tolist()  # takes every kind of integer, and nothing else

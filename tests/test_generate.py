@@ -458,6 +458,21 @@ def test_default_sampling_params_are_the_checkpoints(tiny_model, tmp_path):
     assert make_llm(tmp_path).get_default_sampling_params() == expected
 
 
+def test_half_a_surrogate_pair_is_refused_by_name(demo):
+    """JSON can hold one."""
+    with pytest.raises(ValueError, match=r"prompts\[1\] must be text in Unicode"):
+        demo.generate(["fine", "\ud800"], greedy(1))
+    with pytest.raises(ValueError, match=r"conversations\[0\] is refused"):
+        demo.chat([{"role": "user", "content": "\ud800"}], greedy(1))
+
+
+def test_a_prompt_fits_that_leaves_room_for_one_token(llm):
+    assert llm.max_model_len == 128
+    assert llm.generate([[1] * 127], greedy(5), use_tqdm=False)[0]["finish_reason"] == "length"
+    with pytest.raises(ValueError, match="leaves no room"):
+        llm.generate([[1] * 128], greedy(5))
+
+
 def test_the_tokenizer_has_vllms_name_too(demo):
     assert demo.get_tokenizer() is demo.tokenizer
 
