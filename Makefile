@@ -4,6 +4,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 MODEL = models/SmolLM2-135M-Instruct
 IN_VENV = .venv/bin/python
+# A process for each core, but for tests that share a GPU's memory.
+IN_PARALLEL = $(shell nvidia-smi > /dev/null 2>&1 || echo "-n auto")
 
 .PHONY: demo test test-all lint clean
 
@@ -11,10 +13,10 @@ demo: $(MODEL)/config.json
 	$(IN_VENV) example.py
 
 test: $(MODEL)/config.json
-	$(IN_VENV) -m pytest -m "not slow"
+	$(IN_VENV) -m pytest -m "not slow" $(IN_PARALLEL)
 
-test-all: $(MODEL)/config.json
-	$(IN_VENV) -m pytest
+test-all: $(MODEL)/config.json .venv/eval-installed
+	$(IN_VENV) -m pytest $(IN_PARALLEL)
 
 lint: .venv/installed
 	$(IN_VENV) -m ruff format --check .
@@ -25,6 +27,10 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(IN_VENV) -m pip install --quiet $(PIP_ARGS) -c constraints.txt torch
 	$(IN_VENV) -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[demo,test]"
+	touch $@
+
+.venv/eval-installed: .venv/installed
+	$(IN_VENV) -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[eval]"
 	touch $@
 
 $(MODEL)/config.json: .venv/installed

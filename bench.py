@@ -327,8 +327,8 @@ def plot(traces: dict[str, list[Turn]], figure: Any, file: str) -> None:
     for (name, turns), (top, middle, bottom) in zip(traces.items(), axes.T, strict=True):
         ends = [turn.end - turns[0].start for turn in turns]
         top.scatter(ends, [1000 * (turn.end - turn.start) for turn in turns], s=3, color="black")
-        for kind, field in ("prompt", "num_prefill_tokens"), ("output", "num_decode_tokens"):
-            counts = [getattr(turn.counts, field) or None for turn in turns]  # nothing is drawn for None
+        for kind, count in ("prompt", "num_prefill_tokens"), ("output", "num_decode_tokens"):
+            counts = [getattr(turn.counts, count) or None for turn in turns]  # nothing is drawn for None
             middle.plot(ends, counts, linestyle="none", marker=".", markersize=3, label=kind)
         middle.legend()
         bottom.plot(ends, [100 * turn.kv_usage for turn in turns], color="black")

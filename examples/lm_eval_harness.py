@@ -32,7 +32,7 @@ class NanoVLLM(TemplateLM):
         super().__init__()
         self.llm, self.tokenizer = llm, llm.get_tokenizer()
         # lm-eval scores max_length + 1 tokens at most; the engine needs room for another one, which it draws
-        self.max_length = llm.engine.max_model_len - 2
+        self.max_length = llm.max_model_len - 2
 
     @property
     def eot_token_id(self) -> int:

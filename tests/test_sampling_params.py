@@ -57,7 +57,7 @@ EDGE_VALUES: dict[str, list[Any]] = {
     "prompt_logprobs": [None, -1, 0, 5],
     "detokenize": [True, False],
     "skip_special_tokens": [True, False],
-    "logits_processors": [None, [], [max], (lambda ids, logits: logits,)],
+    "logits_processors": [None, [], [max], (min, max)],
 }
 
 
