@@ -6,27 +6,24 @@ import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from functools import cached_property
 from itertools import count
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from nanovllm.config import Config, read_json, token_id_set
-from nanovllm.detokenizer import Detokenizer
+from nanovllm.config import Config, read_json
 from nanovllm.engine.llm_engine import LLMEngine, StepCounts
 from nanovllm.engine.sequence import LogprobRow, Sequence
 from nanovllm.models.loader import resolve_model
 from nanovllm.outputs import CompletionOutput, Increment, Logprob, RequestMetrics, RequestOutput
 from nanovllm.prompts import Prompt, check_request, parse_requests
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.text import Detokenizer, Text
 
 Message = Mapping[str, Any]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 class LLM:
@@ -46,9 +43,8 @@ class LLM:
         self.engine = LLMEngine(self.config)
         self._ids = count()
         self._random = random.Random(self.config.seed)
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._eos_token_ids: frozenset[int] | None = None
-        self._token_texts: dict[int, str] = {}
+        tokenizer = self.config.tokenizer
+        self._text = Text(self.engine.folder if tokenizer is None else resolve_model(tokenizer))
 
     def generate(
         self,
@@ -208,14 +204,7 @@ class LLM:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded when it is first asked for; ValueError if the folder has none."""
-        if self._tokenizer is None:
-            folder = self._tokenizer_folder
-            if not self._has_tokenizer:
-                raise ValueError(
-                    f"{str(folder)!r} has no tokenizer: pass prompts as token ids, or LLM(tokenizer=...)"
-                )
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return self._tokenizer
+        return self._text.tokenizer
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """vLLM's name of `tokenizer`."""
@@ -247,7 +236,7 @@ class LLM:
         parsed = parse_requests(prompts, sampling_params)
         texts = [request.text for request in parsed if request.token_ids is None]
         tokenized = iter(self.tokenizer(texts, verbose=False)["input_ids"] if texts else [])
-        eos_token_ids = self._find_eos_token_ids() if parsed else frozenset()
+        eos_token_ids = self._text.eos_token_ids | self.engine.model_config.eos_token_ids
         vocab_size, max_len = self.engine.model_config.vocab_size, self.engine.max_model_len
         requests = []
         for name, text, token_ids, params in parsed:
@@ -268,7 +257,7 @@ class LLM:
                     eos_token_ids=eos_token_ids,
                     prompt=text,
                 )
-                if params.stop or (is_stream and params.detokenize and self._has_tokenizer):
+                if params.stop or (is_stream and params.detokenize and self._text.has_tokenizer):
                     seq.detokenizer = Detokenizer(self.tokenizer, params)
                 samples.append(seq)
             requests.append(samples)
@@ -278,23 +267,6 @@ class LLM:
         for request in requests:
             for seq in request:
                 self.engine.add(seq)
-
-    @cached_property
-    def _tokenizer_folder(self) -> Path:
-        return self.engine.folder if self.config.tokenizer is None else resolve_model(self.config.tokenizer)
-
-    @cached_property
-    def _has_tokenizer(self) -> bool:
-        return any((self._tokenizer_folder / name).is_file() for name in TOKENIZER_FILES)
-
-    def _find_eos_token_ids(self) -> frozenset[int]:
-        """Every end-of-sequence token: the checkpoint's, and the tokenizer's where there is one."""
-        if self._eos_token_ids is None:
-            ids = self.engine.model_config.eos_token_ids
-            if self._has_tokenizer:
-                ids |= token_id_set(self.tokenizer.eos_token_id)
-            self._eos_token_ids = ids
-        return self._eos_token_ids
 
     def _make_output(self, samples: list[Sequence]) -> RequestOutput:
         first = samples[0]
@@ -332,7 +304,7 @@ class LLM:
             text = seq.detokenizer.text if seq.detokenizer is not None else ""
         elif seq.is_finished and params.detokenize:
             is_cut = seq.finish_reason == "stop" and not params.include_stop_str_in_output
-            text = self._decode(token_ids[:-1] if is_cut else token_ids, params.skip_special_tokens)
+            text = self._text.decode(token_ids[:-1] if is_cut else token_ids, params.skip_special_tokens)
         return {
             "index": index,
             "text": text,
@@ -355,23 +327,11 @@ class LLM:
                 candidates.append(None)
                 continue
             logprob, rank, values, ids = row
-            found = {token_id: Logprob(logprob, rank, self._token_text(token_id))}
+            found = {token_id: Logprob(logprob, rank, self._text.of_token(token_id))}
             for i in range(len(ids) if num_top == -1 else num_top or 0):
-                found[ids[i]] = Logprob(values[i], i + 1, self._token_text(ids[i]))
+                found[ids[i]] = Logprob(values[i], i + 1, self._text.of_token(ids[i]))
             candidates.append(found)
         return candidates
-
-    def _token_text(self, token_id: int) -> str:
-        text = self._token_texts.get(token_id)
-        if text is None:
-            text = self._token_texts[token_id] = self._decode([token_id])
-        return text
-
-    def _decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-        """Their text; empty if there is no tokenizer."""
-        if not token_ids or not self._has_tokenizer:
-            return ""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
 
 class _ProgressBar:

@@ -108,8 +108,9 @@ def decode_tiles(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, int
     """Rows and tokens of a tile, and launch options. On an H200 (head size 128, bfloat16) tiles of 32 or 128 tokens,
     2 warps or more stages are 3 to 15 % slower."""
     rows = max(16, triton.next_power_of_2(group))
-    tokens = 64 >> ((head_dim > 128) + (dtype == torch.float32) * (1 + (rows > 32)))
-    return {"M": rows, "N": tokens, "num_warps": 4, "num_stages": 2}
+    tokens = max(16, 64 >> ((head_dim > 128) + (dtype == torch.float32) * (1 + (rows > 32))))
+    is_large = dtype == torch.float32 and rows * head_dim > 8192  # of the largest tiles two stages do not fit
+    return {"M": rows, "N": tokens, "num_warps": 4, "num_stages": 1 if is_large else 2}
 
 
 def prefill_tiles(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, int]:

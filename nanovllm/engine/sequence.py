@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from nanovllm.detokenizer import Detokenizer
 from nanovllm.outputs import FinishReason
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.text import Detokenizer
 
 # A token's log-probability and rank, and those of the most likely tokens with their ids: see layers.sampler.logprobs.
 LogprobRow = tuple[float, int, list[float], list[int]]

@@ -1,9 +1,52 @@
-"""Detokenizer: the text of one completion as its tokens come, for stop strings and for streaming."""
+"""Text: what the tokenizer knows, and the text of one completion as its tokens come."""
+
+from functools import cached_property
+from pathlib import Path
 
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nanovllm.config import token_id_set
 from nanovllm.sampling_params import SamplingParams
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+class Text:
+    """The tokenizer of a folder, loaded when it is first needed. Where there is none, every text is empty."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._texts: dict[int, str] = {}
+
+    @cached_property
+    def has_tokenizer(self) -> bool:
+        return any((self.folder / name).is_file() for name in TOKENIZER_FILES)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """ValueError if the folder has none."""
+        if not self.has_tokenizer:
+            raise ValueError(
+                f"{str(self.folder)!r} has no tokenizer: pass prompts as token ids, or LLM(tokenizer=...)"
+            )
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        return token_id_set(self.tokenizer.eos_token_id) if self.has_tokenizer else frozenset()
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        if not token_ids or not self.has_tokenizer:
+            return ""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def of_token(self, token_id: int) -> str:
+        """The text of one token alone."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.decode([token_id])
+        return text
 
 
 class Detokenizer:
