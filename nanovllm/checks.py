@@ -5,6 +5,8 @@ from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+
 
 def check_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
@@ -28,8 +30,12 @@ def check_float(
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number:
         raise TypeError(f"{name} must be a number, got {value!r}")
-    too_low = value <= minimum if open_minimum else value < minimum
-    if not math.isfinite(value) or too_low or value > maximum:
+    try:
+        single = torch.tensor(float(value)).item()  # what the device will see
+    except OverflowError:
+        single = math.inf
+    too_low = single <= minimum if open_minimum else value < minimum
+    if not math.isfinite(single) or too_low or value > maximum:
         bracket = "(" if open_minimum else "["
         upper = "infinity)" if maximum == math.inf else f"{maximum}]"
         raise ValueError(f"{name} must be in {bracket}{minimum}, {upper}, got {value!r}")
@@ -54,4 +60,4 @@ def check_list(name: str, value: Any, kind: str) -> tuple[Any, ...]:
             raise TypeError(f"{name}[{i}] must be a text, got {entry!r}")
         elif not entry:
             raise ValueError(f"{name}[{i}] must be a non-empty text, got {entry!r}")
-    return tuple(value)
+    return tuple(map(int, value)) if kind == "token ids" else tuple(value)

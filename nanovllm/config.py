@@ -111,7 +111,8 @@ class Config:
             check_choice("dtype", self.dtype, ("auto", *DTYPES))
         elif self.dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}; got {self.dtype}")
-        if not callable(getattr(self.attention_backend, "attend", None)):  # one of the user's own
+        is_own = callable(getattr(self.attention_backend, "attend", None))
+        if not is_own or isinstance(self.attention_backend, type):
             check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         if not isinstance(self.model_class, type | None):
             raise TypeError(f"model_class must be a class or None, got {self.model_class!r}")

@@ -3,7 +3,7 @@
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import count
@@ -19,7 +19,7 @@ from nanovllm.engine.llm_engine import LLMEngine, StepCounts
 from nanovllm.engine.sequence import LogprobRow, Sequence
 from nanovllm.models.loader import resolve_model
 from nanovllm.outputs import CompletionOutput, Increment, Logprob, RequestMetrics, RequestOutput
-from nanovllm.prompts import Prompt, check_request, parse_requests
+from nanovllm.prompts import Prompt, check_params, check_request, parse_requests
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text import Detokenizer, Text
 
@@ -42,6 +42,7 @@ class LLM:
         self.config = Config.from_options(model, options)
         self.engine = LLMEngine(self.config)
         self._ids = count()
+        self._queued: set[int] = set()  # requests that `step()` returns
         self._random = random.Random(self.config.seed)
         tokenizer = self.config.tokenizer
         self._text = Text(self.engine.folder if tokenizer is None else resolve_model(tokenizer))
@@ -68,10 +69,9 @@ class LLM:
         places = {request[0].request_id: i for i, request in enumerate(requests)}
         outputs: list[RequestOutput | None] = [None] * len(requests)
 
-        def collect() -> int:
-            """Move what finished into `outputs`, but for what waits for `step()`; returns the number of requests."""
-            finished = {places[seq.request_id] for seq in self.engine.take_finished(places)}
-            done = [i for i in finished if all(seq.is_finished for seq in requests[i])]
+        def collect(places: Iterable[int]) -> int:
+            """Fill in the outputs of requests that are done; returns how many were."""
+            done = [i for i in places if outputs[i] is None and all(seq.is_finished for seq in requests[i])]
             for i in done:
                 outputs[i] = self._make_output(requests[i])
             return len(done)
@@ -82,13 +82,15 @@ class LLM:
             with _ProgressBar(len(requests), use_tqdm) as bar:
                 while num_done < len(requests) and not self.engine.is_idle:
                     counts = self.engine.step()
-                    num_new = collect()
+                    num_new = collect({places[seq.request_id] for seq in self.engine.take_finished(places)})
                     num_done += num_new
                     bar.update(num_new, counts, self.engine)
         except BaseException as error:
-            collect()
-            self.engine.abort(set(places))
             error.outputs = outputs  # type: ignore[attr-defined]
+            try:
+                collect(range(len(requests)))
+            finally:
+                self.engine.abort(set(places))
             raise
         return [output for output in outputs if output is not None]
 
@@ -116,7 +118,10 @@ class LLM:
         tokenizer = self.tokenizer
         is_one = len(conversations) > 0 and isinstance(conversations[0], Mapping)
         options = {"add_generation_prompt": True} | template_options | {"tokenize": False}
-        options |= options.pop("chat_template_kwargs", None) or {}
+        more = options.pop("chat_template_kwargs", None) or {}
+        if not isinstance(more, Mapping):
+            raise TypeError(f"chat_template_kwargs must be a dict or None, got {more!r}")
+        options |= more
         prompts = []
         for i, conversation in enumerate([conversations] if is_one else conversations):
             try:
@@ -141,8 +146,9 @@ class LLM:
         seen = {seq.seq_id: 0 for _, _, seq in running}
         try:
             self._start(requests)
+            num_resets = self.engine.num_resets
             while running:
-                if self.engine.is_idle and not any(seq.is_finished for _, _, seq in running):
+                if self.engine.num_resets != num_resets:
                     raise RuntimeError("an error in another call has dropped this stream's requests")
                 self.engine.step()
                 self.engine.take_finished(request_ids)
@@ -150,7 +156,12 @@ class LLM:
                     start, seen[seq.seq_id] = seen[seq.seq_id], seq.num_completion_tokens
                     if start < seq.num_completion_tokens:
                         yield self._increment(seq, i, j, start)
-                running = [(i, j, seq) for i, j, seq in running if not seq.is_finished]
+                # One that another call finished meanwhile has more to give.
+                running = [
+                    (i, j, seq)
+                    for i, j, seq in running
+                    if not seq.is_finished or seen[seq.seq_id] < seq.num_completion_tokens
+                ]
         finally:
             self.engine.abort(request_ids)
 
@@ -158,6 +169,7 @@ class LLM:
         """Queue one prompt for `step()`; returns its request id. Errors as in `generate`."""
         (request,) = requests = self._make_requests([prompt], sampling_params)
         self._start(requests)
+        self._queued.add(request[0].request_id)
         return request[0].request_id
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
@@ -167,7 +179,7 @@ class LLM:
         prompt tokens. An exception drops every unfinished request, and the LLM can be used again.
         """
         counts = self.engine.step()
-        finished = self.engine.take_finished()
+        finished = self.engine.take_finished(self._queued)
         outputs = [(seq.request_id, seq.completion_token_ids) for seq in finished]
         return outputs, counts.num_prefill_tokens or -counts.num_decode_tokens
 
@@ -222,8 +234,8 @@ class LLM:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if "engine" in self.__dict__ and not sys.is_finalizing():
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if "engine" in self.__dict__ and not is_finalizing():
             self.close()
 
     def _make_requests(
@@ -236,12 +248,18 @@ class LLM:
         parsed = parse_requests(prompts, sampling_params)
         texts = [request.text for request in parsed if request.token_ids is None]
         tokenized = iter(self.tokenizer(texts, verbose=False)["input_ids"] if texts else [])
-        eos_token_ids = self._text.eos_token_ids | self.engine.model_config.eos_token_ids
         vocab_size, max_len = self.engine.model_config.vocab_size, self.engine.max_model_len
+        eos_token_ids = self._text.eos_token_ids | self.engine.model_config.eos_token_ids
+        eos_token_ids = frozenset(token_id for token_id in eos_token_ids if token_id < vocab_size)
+        checked: set[int] = set()
         requests = []
         for name, text, token_ids, params in parsed:
             token_ids = next(tokenized) if token_ids is None else token_ids
-            check_request(name, token_ids, params, vocab_size, max_len, eos_token_ids)
+            check_request(name, token_ids, vocab_size, max_len)
+            if id(params) not in checked:  # one object may serve all prompts
+                check_params(name, params, vocab_size, eos_token_ids)
+                checked.add(id(params))
+            others = params if params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
             seed = self._random.getrandbits(63) if params.seed in (None, -1) else params.seed
             request_id = next(self._ids)
             samples = []
@@ -252,7 +270,7 @@ class LLM:
                     token_ids=list(token_ids),
                     # one that does not depend on n, the same in every process
                     seed=seed if i == 0 else random.Random(f"{seed}, sample {i}").getrandbits(63),
-                    params=params if i == 0 else replace(params, prompt_logprobs=None),
+                    params=params if i == 0 else others,
                     max_tokens=min(params.max_tokens, max_len - len(token_ids)),
                     eos_token_ids=eos_token_ids,
                     prompt=text,

@@ -31,15 +31,8 @@ def parse_requests(
     ]
 
 
-def check_request(
-    name: str,
-    token_ids: list[int],
-    params: SamplingParams,
-    vocab_size: int,
-    max_len: int,
-    eos_token_ids: frozenset[int],
-) -> None:
-    """Raise unless a model of this vocabulary and length can run the request."""
+def check_request(name: str, token_ids: list[int], vocab_size: int, max_len: int) -> None:
+    """Raise unless a model of this vocabulary and length can run the prompt."""
     if not token_ids:
         raise ValueError(f"{name} is empty: a prompt needs at least one token")
     if min(token_ids) < 0 or max(token_ids) >= vocab_size:
@@ -50,6 +43,10 @@ def check_request(
             f"{name} has {len(token_ids)} tokens, which leaves no room for a completion: prompt and completion "
             f"together have at most max_model_len={max_len}"
         )
+
+
+def check_params(name: str, params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+    """Raise unless a model of this vocabulary can do what is asked for the prompt called `name`."""
     for option in "stop_token_ids", "allowed_token_ids", "logit_bias":
         for token_id in getattr(params, option) or ():
             check_int(f"{option} of {name}", token_id, 0, vocab_size - 1)
@@ -57,10 +54,9 @@ def check_request(
         if getattr(params, option) is not None:
             check_int(f"{option} of {name}", getattr(params, option), -1, vocab_size)
     stop_token_ids = eos_token_ids.union(params.stop_token_ids or ())
-    if params.min_tokens and stop_token_ids.issuperset(params.allowed_token_ids or (-1,)):
+    if params.min_tokens and stop_token_ids.issuperset(params.allowed_token_ids or range(vocab_size)):
         raise ValueError(
-            f"allowed_token_ids of {name} are stop tokens, which min_tokens={params.min_tokens} bans, "
-            f"got {list(params.allowed_token_ids or ())}"
+            f"min_tokens of {name} must be 0 where every token that is allowed is a stop token, got {params.min_tokens}"
         )
 
 

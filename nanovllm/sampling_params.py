@@ -11,7 +11,7 @@ LogitsProcessor = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the completions of one request are drawn. Names, defaults and meaning are vLLM's.
+    """How the completions of one request are drawn. Names and meaning are vLLM's.
 
     The logits pass through penalties, bias and bans, processors, temperature, min-p, top-k and top-p in this order, each
     on what the one before kept; a token that ties with the last one kept is kept too.
@@ -35,7 +35,7 @@ class SamplingParams:
         frequency_penalty: the same for each time that the token is there, in [-2, 2].
         logit_bias: {token id: what is added to its logit, in [-100, 100]}.
         allowed_token_ids: no other token is drawn.
-        stop: a text or several: a completion ends where the first of them appears, and is cut before it.
+        stop: a text or several: a completion ends where one of them appears first, and is cut before it.
         include_stop_str_in_output: it is cut after it.
         prompt_logprobs: as `logprobs`, for the tokens of the prompt but the first.
         detokenize: give text; False leaves it empty, and needs no tokenizer.
@@ -100,10 +100,11 @@ class SamplingParams:
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise TypeError(f"logit_bias must be a dict or None, got {self.logit_bias!r}")
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
             for token_id, bias in self.logit_bias.items():
                 check_int("logit_bias, its token ids,", token_id, 0)
                 check_float(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+            bias_of = {int(token_id): float(bias) for token_id, bias in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", bias_of)
         if self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}"

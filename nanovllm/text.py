@@ -63,11 +63,22 @@ class Detokenizer:
         self.num_held = 0 if self.includes_stop else max((len(stop) - 1 for stop in self.stop), default=0)
         self.num_taken = 0
         self._tokenizer = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=params.skip_special_tokens)
+        self._stream = DecodeStream()
+        self._skipped = frozenset(tokenizer.all_special_ids if params.skip_special_tokens else ())
 
     def append(self, token_id: int, may_stop: bool = True) -> str | None:
         """Add a token; returns the stop string that its text completes, the first one if there are several."""
-        new = self._stream.step(self._tokenizer, token_id)
+        if token_id in self._skipped:
+            return None
+        try:
+            new = self._stream.step(self._tokenizer, token_id)
+        except Exception as error:  # tokenizers has no class for it
+            if not str(error).startswith(
+                "Invalid prefix"
+            ):  # an invalid byte makes what came before another text
+                raise
+            self._stream = DecodeStream()
+            new = self._stream.step(self._tokenizer, token_id)
         if not new:
             return None
         known = len(self.text)
@@ -83,7 +94,14 @@ class Detokenizer:
         return stop
 
     def take(self, whole: str | None = None) -> str:
-        """The text that was not given out before; with the `whole` text of a completion that ended, all the rest."""
-        text = self.text[: max(self.num_taken, len(self.text) - self.num_held)] if whole is None else whole
-        taken, self.num_taken = self.num_taken, len(text)
-        return text[taken:]
+        """The text that was not given out before; with the `whole` text of a completion that ended, all the rest.
+
+        Where invalid bytes make the whole another text than its beginning was, the rest is that of the beginning.
+        """
+        start, text = self.num_taken, self.text
+        if whole is None:
+            text = text[: max(start, len(text) - self.num_held)]
+        elif whole.startswith(text[:start]):
+            text = whole
+        self.num_taken = len(text)
+        return text[start:]

@@ -3,9 +3,12 @@
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from hypothesis import given, settings
@@ -14,6 +17,7 @@ from test_llm import greedy
 from test_modes import EXTRAS, PROMPTS, assert_nothing_leaks, make_llm, run
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.text import Detokenizer
 
 
 @pytest.fixture
@@ -104,6 +108,7 @@ def test_an_error_in_the_middle_gives_no_request_with_a_completion_missing(llm):
 SCRIPT = """
 import sys
 from nanovllm import LLM, SamplingParams
+from nanovllm.text import Detokenizer
 llm = LLM(sys.argv[1], device="cpu", max_model_len=64, use_tqdm=False, num_kvcache_blocks=50)
 params = SamplingParams(n=3, seed=11, max_tokens=10, top_p=0.9, presence_penalty=0.5)
 (output,) = llm.generate([[1, 2, 3]], params, use_tqdm=False)
@@ -404,7 +409,11 @@ def test_other_calls_may_come_between_the_increments_of_a_stream(llm):
     alone = collect(llm.stream([[1], [2, 3]], greedy(9)))
     increments = llm.stream([[1], [2, 3]], greedy(9))
     first = next(increments)
-    assert len(llm.generate([[4]], greedy(5), use_tqdm=False)[0]["token_ids"]) == 5
+    other = llm.add_request([5], greedy(3))
+    assert len(llm.generate([[4]], greedy(30), use_tqdm=False)[0]["token_ids"]) == 30
+    assert [request_id for request_id, _ in llm.step()[0]] == [other], (
+        "not the stream's, which are finished too"
+    )
     assert collect([first, *increments]) == alone
 
 
@@ -488,7 +497,11 @@ def test_the_tokenizer_has_vllms_name_too(demo):
         ({"stop": "x"}, "has no tokenizer"),
         (
             {"allowed_token_ids": [5], "stop_token_ids": [5], "min_tokens": 1},
-            r"allowed_token_ids of prompts\[2\] are stop tokens, which min_tokens=1 bans, got \[5\]",
+            r"min_tokens of prompts\[2\] must be 0 where every token that is allowed is a stop token, got 1",
+        ),
+        (
+            {"stop_token_ids": range(128), "min_tokens": 2, "max_tokens": 4},
+            r"min_tokens of prompts\[2\] must be 0 where every token that is allowed is a stop token, got 2",
         ),
     ],
 )
@@ -499,6 +512,98 @@ def test_one_bad_request_is_refused_before_any_work(params, message, llm):
         llm.generate(PROMPTS[:4], every, use_tqdm=False)
     assert llm.is_finished()
     assert_nothing_leaks(llm)
+
+
+def test_end_tokens_outside_the_vocabulary_are_passed_over(tiny_model):
+    """Shrunken checkpoints have them; a ban of one must not reach the next row."""
+    llm = make_llm(tiny_model(eos_token_id=128))
+    alone = llm.generate([[2]], greedy(3, logit_bias={0: 100.0}), use_tqdm=False)[0]["token_ids"]
+    params = [greedy(3, min_tokens=3), greedy(3, logit_bias={0: 100.0}), greedy(3)]
+    assert llm.generate([[1], [2], [3]], params, use_tqdm=False)[1]["token_ids"] == alone == [0] * 3
+
+
+def test_small_numpy_integers_are_token_ids_as_well(llm):
+    few = np.array([5, 6], np.uint8)
+    params = SamplingParams(
+        max_tokens=4,
+        allowed_token_ids=list(few),
+        logit_bias={few[0]: np.float16(1)},
+        min_tokens=1,
+        stop_token_ids=[few[1]],
+    )
+    for output in llm.generate([[1], [2], [3]], params, use_tqdm=False):
+        assert set(output["token_ids"]) <= {5, 6}
+
+
+def test_a_processor_may_have_parameters_of_its_own(llm):
+    def only(token_ids, logits, token_id=7):
+        return torch.full_like(logits, -torch.inf).index_fill_(0, torch.tensor([token_id]), 0.0)
+
+    params = [greedy(2, logits_processors=[f]) for f in (only, partial(only, token_id=9))]
+    assert completions(llm, [[1], [1]], params) == [[[7, 7]], [[9, 9]]]
+    early = greedy(6, min_tokens=3, stop_token_ids=[7], logits_processors=[only])
+    assert completions(llm, [[1]], early) == [[[7] * 4]], (
+        "what a processor forces does not stop too early either"
+    )
+
+
+def test_a_processor_cannot_run_the_engine(llm):
+    def nested(token_ids, logits):
+        llm.generate([[1]], greedy(2), use_tqdm=False)
+        return logits
+
+    with pytest.raises(RuntimeError, match="a logits processor cannot run the engine"):
+        llm.generate([[1]], greedy(4, logits_processors=[nested]), use_tqdm=False)
+    assert_nothing_leaks(llm)
+    assert len(llm.generate([[1]], greedy(4), use_tqdm=False)[0]["token_ids"]) == 4
+
+
+def test_a_request_keeps_no_more_logprobs_than_it_asks_for(llm):
+    requests = llm._make_requests([[1], [2]], [greedy(5, logprobs=1), greedy(5, logprobs=-1)])
+    llm._start(requests)
+    while not llm.engine.is_idle:
+        llm.engine.step()
+    assert [[len(row[2]) for row in seq.logprobs] for (seq,) in requests] == [[1] * 5, [128] * 5]
+
+
+def test_an_interrupt_while_results_are_made_loses_none(llm, monkeypatch):
+    """Also a second one, in the middle of handling the first: no request goes on running."""
+    make, calls = LLM._make_output, []
+
+    def interrupted(self, samples):
+        calls.append(samples)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return make(self, samples)
+
+    monkeypatch.setattr(LLM, "_make_output", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        llm.generate([[1], [2], [3]], [greedy(2), greedy(2), greedy(30)], use_tqdm=False)
+    assert [output is not None for output in caught.value.outputs] == [True, True, False]
+    assert_nothing_leaks(llm)
+
+
+def byte_fallback_tokenizer():
+    """As Llama 2's: a character that has no token is written in bytes."""
+    vocabulary = {f"<0x{i:02X}>": i for i in range(256)} | {"▁a": 256, "▁do": 257}
+    model = tokenizers.models.BPE(vocabulary, [], byte_fallback=True, fuse_unk=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    d = tokenizers.decoders
+    tokenizer.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@given(st.lists(st.one_of(st.integers(0, 257), st.integers(0x30, 0x33), st.integers(256, 257)), max_size=12))
+def test_bytes_that_make_no_character_break_no_stream(token_ids):
+    text = Detokenizer(byte_fallback_tokenizer(), SamplingParams(stop="zzz"))
+    given_out = ""
+    for token_id in token_ids:
+        text.append(token_id)
+        given_out += text.take()
+    whole = byte_fallback_tokenizer().decode(token_ids)
+    rest = text.take(whole)
+    if all(token_id >= 256 or 0x20 < token_id < 0x7F for token_id in token_ids):
+        assert given_out + rest == whole
 
 
 # --- every promise, on random parameters -----------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from nanovllm import SamplingParams
 NAN, INF = float("nan"), float("inf")
 
 WRONG_VALUES: dict[str, list[Any]] = {
-    "temperature": [-0.1, NAN, INF, "1", True, None, 1j],
+    "temperature": [-0.1, NAN, INF, 1e39, 10**400, "1", True, None, 1j],
     "max_tokens": [0, -1, 1.5, 4.0, "4", True, None],
     "ignore_eos": [0, 1, "yes", None, numpy.True_],
     "top_k": [-2, 1.0, "5", True, None],
-    "top_p": [0, 0.0, -0.1, 1.01, NAN, "0.9", True, None],
+    "top_p": [0, 0.0, 1e-46, -0.1, 1.01, NAN, "0.9", True, None],
     "min_p": [-0.1, 1.01, NAN, "0.1", False, None],
     "seed": [2**63, -(2**63) - 1, 1.0, "a", True],
     "min_tokens": [-1, 1.0, "1", True, None],

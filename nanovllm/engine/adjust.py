@@ -1,6 +1,5 @@
 """What requests change about their logits before temperature: penalties, then bias and bans, then processors."""
 
-import inspect
 from collections.abc import Callable
 
 import numpy as np
@@ -26,8 +25,8 @@ def adjust(logits: Tensor, sequences: list[Sequence], send: Send) -> Tensor:
     _add_bias(logits, asking, send)
     _keep_allowed(logits, asking, send)
     for i, seq in asking:
-        for processor in seq.params.logits_processors or ():
-            logits[i] = _process(processor, seq, logits[i])
+        for processor, takes_prompt in seq.processors:
+            logits[i] = _process(processor, takes_prompt, seq, logits[i])
     return logits
 
 
@@ -66,9 +65,7 @@ def _add_bias(logits: Tensor, asking: Asking, send: Send) -> None:
 
 def _keep_allowed(logits: Tensor, asking: Asking, send: Send) -> None:
     """Where only some tokens are allowed, set all others to -inf, in place."""
-    allowed = [
-        (i, np.asarray(seq.params.allowed_token_ids)) for i, seq in asking if seq.params.allowed_token_ids
-    ]
+    allowed = [(i, seq.allowed_token_ids) for i, seq in asking if seq.allowed_token_ids is not None]
     if allowed:
         places = send(np.concatenate([i * logits.shape[1] + token_ids for i, token_ids in allowed]))
         kept = logits.view(-1).index_select(0, places)
@@ -76,12 +73,9 @@ def _keep_allowed(logits: Tensor, asking: Asking, send: Send) -> None:
         logits.view(-1).index_copy_(0, places, kept)
 
 
-def _process(processor: LogitsProcessor, seq: Sequence, logits: Tensor) -> Tensor:
-    """Call a processor with two or with three arguments, whichever it takes."""
-    arguments = [seq.completion_token_ids, logits]
-    if len(inspect.signature(processor).parameters) == 3:
-        arguments.insert(0, seq.token_ids[: seq.num_prompt_tokens])
-    processed = processor(*arguments)
+def _process(processor: LogitsProcessor, takes_prompt: bool, seq: Sequence, logits: Tensor) -> Tensor:
+    prompt = [seq.token_ids[: seq.num_prompt_tokens]] if takes_prompt else []
+    processed = processor(*prompt, seq.completion_token_ids, logits)
     if not isinstance(processed, Tensor) or processed.shape != logits.shape:
         raise TypeError(
             f"logits_processors: {processor!r} must return logits {list(logits.shape)}, got {processed!r}"

@@ -56,6 +56,8 @@ class LLMEngine:
             )
         self.finished: dict[int, Sequence] = {}
         self.in_flight: tuple[Step, SampledTokens] | None = None
+        self.is_stepping = False
+        self.num_resets = 0
         self.scheduler = self._new_scheduler()
 
     @property
@@ -73,9 +75,9 @@ class LLMEngine:
         self.scheduler.abort(request_ids)
         self.take_finished(request_ids)
 
-    def take_finished(self, request_ids: Collection[int] | None = None) -> list[Sequence]:
-        """The finished sequences, of these requests or of all; they are no longer in `finished`."""
-        taken = [s for s in self.finished.values() if request_ids is None or s.request_id in request_ids]
+    def take_finished(self, request_ids: Collection[int]) -> list[Sequence]:
+        """The finished sequences of these requests; they are no longer in `finished`."""
+        taken = [seq for seq in self.finished.values() if seq.request_id in request_ids]
         for seq in taken:
             del self.finished[seq.seq_id]
         return taken
@@ -87,6 +89,9 @@ class LLMEngine:
         finished stays in `finished`.
         """
         runner = self._runner()
+        if self.is_stepping:
+            raise RuntimeError("a logits processor cannot run the engine that runs it")
+        self.is_stepping = True
         try:
             with _on(runner.device):
                 step = self.scheduler.schedule()
@@ -100,6 +105,8 @@ class LLMEngine:
         except BaseException:
             self._reset()
             raise
+        finally:
+            self.is_stepping = False
 
     def stats(self) -> dict[str, Any]:
         manager = self.scheduler.block_manager
@@ -151,6 +158,7 @@ class LLMEngine:
     def _reset(self) -> None:
         """Start over after an exception: a planned block may be in the prefix cache without its KV."""
         self.in_flight = None
+        self.num_resets += 1
         try:
             self._runner().synchronize()
             self.scheduler = self._new_scheduler()

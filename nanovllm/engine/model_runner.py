@@ -48,7 +48,7 @@ HEAD_ROWS = 256  # of a prompt go through the head at once
 
 
 class PromptLogprobs(NamedTuple):
-    """Log-probabilities of prompt tokens start … of a sequence: see layers.sampler.logprobs."""
+    """Log-probabilities of prompt tokens start … of a sequence, on their way to the CPU: see layers.sampler.logprobs."""
 
     seq: Sequence
     start: int
@@ -86,7 +86,12 @@ class SampledTokens:
             seq.prompt_logprobs[start : start + len(tensors[0])] = _rows(tensors)
         rows = _rows(self.logprobs)
         for seq, token_id in zip(self.sequences, self.token_ids.tolist(), strict=True):
-            yield seq, token_id, None if seq.params.logprobs is None else next(rows)
+            logprobs, num_top = None, seq.params.logprobs
+            if num_top is not None:
+                logprob, rank, values, ids = next(rows)
+                num_top = len(ids) if num_top == -1 else num_top
+                logprobs = logprob, rank, values[:num_top], ids[:num_top]
+            yield seq, token_id, logprobs
 
 
 def _to_cpu(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -205,7 +210,6 @@ class ModelRunner:
             token_ids = sample(logits, batch, self.tables.last_token)
             asked = self._logprobs(special, raw_logits, token_ids)
         token_ids, asked = token_ids.to("cpu", non_blocking=True), _to_cpu(asked)
-        prompt_logprobs = [read._replace(tensors=_to_cpu(read.tensors)) for read in prompt_logprobs]
         copied = None
         if self.device.type == "cuda":
             copied = torch.cuda.Event()
@@ -286,7 +290,8 @@ class ModelRunner:
                     rows = hidden[at + i - 1 - start :][: len(token_ids)]
                     logits = self._logits(rows)[: len(rows)]
                     num_top = self._num_top([seq.params.prompt_logprobs])
-                    read.append(PromptLogprobs(seq, i, logprobs(logits, self._send(token_ids), num_top)))
+                    tensors = logprobs(logits, self._send(token_ids), num_top)
+                    read.append(PromptLogprobs(seq, i, _to_cpu(tensors)))
             at += num_tokens
         return read
 

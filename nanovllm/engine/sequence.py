@@ -1,12 +1,13 @@
 """Sequence: one completion as the scheduler sees it. It knows token ids and counts, and no tensors."""
 
+import inspect
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nanovllm.outputs import FinishReason
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import LogitsProcessor, SamplingParams
 from nanovllm.text import Detokenizer
 
 # A token's log-probability and rank, and those of the most likely tokens with their ids: see layers.sampler.logprobs.
@@ -37,8 +38,10 @@ class Sequence:
     detokenizer: Detokenizer | None = None  # where the text matters before the end
 
     num_prompt_tokens: int = field(init=False)
-    adjusts_logits: bool = field(init=False)  # before temperature
     is_plain: bool = field(init=False)  # the logits are drawn from as they are, and nothing else is asked for
+    stop_token_ids: frozenset[int] = field(init=False)
+    allowed_token_ids: NDArray[np.int64] | None = field(init=False)
+    processors: list[tuple[LogitsProcessor, bool]] = field(init=False)  # and whether it takes the prompt
     num_computed_tokens: int = 0
     num_prefill_tokens: int = 0
     num_pending: int = 0
@@ -60,10 +63,17 @@ class Sequence:
     def __post_init__(self) -> None:
         p = self.params
         self.num_prompt_tokens = len(self.token_ids)
-        self.adjusts_logits = bool(
-            p.is_penalized or p.logit_bias or p.allowed_token_ids or p.min_tokens or p.logits_processors
-        )
+        self.stop_token_ids = frozenset(p.stop_token_ids or ())
+        self.allowed_token_ids = np.array(p.allowed_token_ids) if p.allowed_token_ids else None
+        self.processors = [(f, _takes_prompt(f)) for f in p.logits_processors or ()]
         self.is_plain = not self.adjusts_logits and not p.is_truncated and p.logprobs is None
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether the logits of the next token are changed before temperature."""
+        p = self.params
+        is_early = self.num_completion_tokens < p.min_tokens
+        return bool(p.is_penalized or p.logit_bias or p.allowed_token_ids or self.processors or is_early)
 
     @property
     def num_tokens(self) -> int:
@@ -106,7 +116,7 @@ class Sequence:
         """Tokens that must not be drawn next: every stop token until `min_tokens` are there."""
         if self.num_completion_tokens >= self.params.min_tokens:
             return frozenset()
-        return self.eos_token_ids.union(self.params.stop_token_ids or ())
+        return self.eos_token_ids | self.stop_token_ids
 
     def append(self, token_id: int, logprobs: LogprobRow | None, now: float) -> None:
         """Take the pending token and its log-probabilities, and find out whether it ends the completion."""
@@ -118,16 +128,32 @@ class Sequence:
         num_tokens = self.num_completion_tokens
         if num_tokens == 1:
             self.first_token_time = now
-        if token_id in self.eos_token_ids and not self.params.ignore_eos:
+        may_stop = num_tokens > self.params.min_tokens
+        if may_stop and token_id in self.eos_token_ids and not self.params.ignore_eos:
             self.finish_reason = "stop"
-        elif self.params.stop_token_ids and token_id in self.params.stop_token_ids:
+        elif may_stop and token_id in self.stop_token_ids:
             self.finish_reason, self.stop_reason = "stop", token_id
         else:
             if num_tokens >= self.max_tokens:
                 self.finish_reason = "length"
             if self.detokenizer is not None:
-                stop = self.detokenizer.append(token_id, may_stop=num_tokens > self.params.min_tokens)
+                stop = self.detokenizer.append(token_id, may_stop)
                 if stop is not None:
                     self.finish_reason, self.stop_reason = "stop", stop
         if self.finish_reason is not None:
             self.finished_time = now
+
+
+def _takes_prompt(processor: LogitsProcessor) -> bool:
+    """Whether a processor has three parameters that must be given: vLLM's way to ask for the prompt as well."""
+    try:
+        parameters = inspect.signature(processor).parameters.values()
+    except ValueError:  # a builtin one has no signature
+        return False
+    return (
+        sum(
+            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+            for p in parameters
+        )
+        == 3
+    )
