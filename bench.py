@@ -380,7 +380,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--shape", choices=SHAPES, help="random weights; with a GPU, qwen3-0.6b")
     absent = argparse.SUPPRESS
     parser.add_argument(
-        "--sampling", type=json.loads, default={}, metavar="JSON", help='e.g. \'{"top_p": 0.9, "top_k": 50}\''
+        "--sampling",
+        dest="sampling_params",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='e.g. \'{"top_p": 0.9, "top_k": 50}\'',
     )
     custom = parser.add_argument_group("a custom workload, otherwise as this machine's default")
     custom.add_argument("--num-seqs", type=int, default=absent)
@@ -399,7 +404,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.passes is not None and args.passes < 1:
         parser.error(f"--passes must be at least 1, got {args.passes}")
-    if args.workload and given(args, Workload).keys() - {"sampling"}:
+    if args.workload and given(args, Workload):
         parser.error("a named workload has its own size, lengths and temperature")
     return args
 
@@ -413,9 +418,11 @@ def given(args: argparse.Namespace, settings: type) -> dict[str, Any]:
 def find_workloads(args: argparse.Namespace, on_gpu: bool) -> dict[str, Workload]:
     """What was asked for, or this machine's default."""
     changes = given(args, Workload)
-    if args.workload or (on_gpu and not changes.keys() - {"sampling"}):
-        return {name: replace(WORKLOADS[name], **changes) for name in args.workload or ["classic"]}
-    return {"custom": replace(WORKLOADS["classic"] if on_gpu else CPU_WORKLOAD, **changes)}
+    if args.workload or (on_gpu and not changes):
+        found = {name: WORKLOADS[name] for name in args.workload or ["classic"]}
+    else:
+        found = {"custom": replace(WORKLOADS["classic"] if on_gpu else CPU_WORKLOAD, **changes)}
+    return {name: replace(workload, sampling=args.sampling_params) for name, workload in found.items()}
 
 
 def find_model(args: argparse.Namespace, on_gpu: bool, scratch: Path) -> tuple[str, str]:

@@ -79,13 +79,8 @@ class Granite(Decoder):
         super().__init__(config, backend, max_len)
         self.config = config
 
-    def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
-        x = self.embed_tokens(batch.input_ids) * self.config.embedding_multiplier
-        residual = torch.zeros_like(x)
-        rotary = self.rotary(batch.positions)
-        for layer, cache in zip(self.layers, kv_cache, strict=True):
-            x, residual = self.run_layer(layer, x, residual, rotary, cache, batch)
-        return residual + x
+    def embed(self, input_ids: Tensor) -> Tensor:
+        return super().embed(input_ids) * self.config.embedding_multiplier
 
     def logits(self, hidden: Tensor) -> Tensor:
         return super().logits(hidden) / self.config.logits_scaling

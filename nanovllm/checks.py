@@ -1,11 +1,10 @@
 """Checks of what users pass in: every error names the parameter, the value and what is allowed."""
 
+import ctypes
 import math
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import Any
-
-import torch
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -31,7 +30,7 @@ def check_float(
     if not is_number:
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
-        single = torch.tensor(float(value)).item()  # what the device will see
+        single = ctypes.c_float(float(value)).value  # what the device will see
     except OverflowError:
         single = math.inf
     too_low = single <= minimum if open_minimum else value < minimum

@@ -42,7 +42,6 @@ class LLM:
         self.config = Config.from_options(model, options)
         self.engine = LLMEngine(self.config)
         self._ids = count()
-        self._queued: set[int] = set()  # requests that `step()` returns
         self._random = random.Random(self.config.seed)
         tokenizer = self.config.tokenizer
         self._text = Text(self.engine.folder if tokenizer is None else resolve_model(tokenizer))
@@ -168,8 +167,9 @@ class LLM:
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue one prompt for `step()`; returns its request id. Errors as in `generate`."""
         (request,) = requests = self._make_requests([prompt], sampling_params)
+        for seq in request:
+            seq.is_polled = True
         self._start(requests)
-        self._queued.add(request[0].request_id)
         return request[0].request_id
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
@@ -179,13 +179,13 @@ class LLM:
         prompt tokens. An exception drops every unfinished request, and the LLM can be used again.
         """
         counts = self.engine.step()
-        finished = self.engine.take_finished(self._queued)
+        finished = self.engine.take_finished(self._polled())
         outputs = [(seq.request_id, seq.completion_token_ids) for seq in finished]
         return outputs, counts.num_prefill_tokens or -counts.num_decode_tokens
 
     def is_finished(self) -> bool:
         """Whether `step()` has nothing more to give."""
-        return self.engine.is_idle and not self.engine.finished
+        return self.engine.is_idle and not self._polled()
 
     def abort(self, request_id: int) -> None:
         """Drop a request: `step()` will not return it. One that is finished or unknown is passed over."""
@@ -237,6 +237,10 @@ class LLM:
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if "engine" in self.__dict__ and not is_finalizing():
             self.close()
+
+    def _polled(self) -> set[int]:
+        """The requests of `add_request` of which something has finished."""
+        return {seq.request_id for seq in self.engine.finished.values() if seq.is_polled}
 
     def _make_requests(
         self,
@@ -290,9 +294,7 @@ class LLM:
         first = samples[0]
         prompt_logprobs = None
         if first.params.prompt_logprobs is not None:
-            prompt_logprobs = self._candidates(
-                first.token_ids, first.prompt_logprobs, first.params.prompt_logprobs
-            )
+            prompt_logprobs = self._candidates(first.token_ids, first.prompt_logprobs)
         return RequestOutput(
             request_id=first.request_id,
             prompt=first.prompt,
@@ -316,7 +318,9 @@ class LLM:
     def _completion(self, seq: Sequence, index: int, start: int = 0) -> dict[str, Any]:
         """The fields of a CompletionOutput, with tokens from `start` on, and all of the text if it is finished."""
         params, token_ids = seq.params, seq.completion_token_ids
-        asks = params.logprobs is not None
+        logprobs = None
+        if params.logprobs is not None:
+            logprobs = self._candidates(token_ids[start:], seq.logprobs[start:])
         text = ""
         if isinstance(seq.stop_reason, str):
             text = seq.detokenizer.text if seq.detokenizer is not None else ""
@@ -329,16 +333,12 @@ class LLM:
             "token_ids": token_ids[start:],
             "finish_reason": seq.finish_reason,
             "stop_reason": seq.stop_reason,
-            "cumulative_logprob": seq.cumulative_logprob if asks else None,
-            "logprobs": self._candidates(token_ids[start:], seq.logprobs[start:], params.logprobs)
-            if asks
-            else None,
+            "cumulative_logprob": None if logprobs is None else seq.cumulative_logprob,
+            "logprobs": logprobs,
         }
 
-    def _candidates(
-        self, token_ids: list[int], rows: Seq[LogprobRow | None], num_top: int | None
-    ) -> list[Any]:
-        """For each token a dict of itself and the `num_top` most likely ones, with their texts."""
+    def _candidates(self, token_ids: list[int], rows: Seq[LogprobRow | None]) -> list[Any]:
+        """For each token a dict of itself and the most likely ones of its row, with their texts."""
         candidates: list[dict[int, Logprob] | None] = []
         for token_id, row in zip(token_ids, rows, strict=False):
             if row is None:
@@ -346,8 +346,8 @@ class LLM:
                 continue
             logprob, rank, values, ids = row
             found = {token_id: Logprob(logprob, rank, self._text.of_token(token_id))}
-            for i in range(len(ids) if num_top == -1 else num_top or 0):
-                found[ids[i]] = Logprob(values[i], i + 1, self._text.of_token(ids[i]))
+            for i, (top_id, value) in enumerate(zip(ids, values, strict=True), start=1):
+                found[top_id] = Logprob(value, i, self._text.of_token(top_id))
             candidates.append(found)
         return candidates
 

@@ -73,9 +73,8 @@ class Detokenizer:
         try:
             new = self._stream.step(self._tokenizer, token_id)
         except Exception as error:  # tokenizers has no class for it
-            if not str(error).startswith(
-                "Invalid prefix"
-            ):  # an invalid byte makes what came before another text
+            # An invalid byte makes another text of what came before it.
+            if not str(error).startswith("Invalid prefix"):
                 raise
             self._stream = DecodeStream()
             new = self._stream.step(self._tokenizer, token_id)

@@ -417,6 +417,24 @@ def test_other_calls_may_come_between_the_increments_of_a_stream(llm):
     assert collect([first, *increments]) == alone
 
 
+def test_steps_end_beside_a_stream_that_another_call_finished(llm):
+    increments = llm.stream([[1], [2, 3]], greedy(9))
+    next(increments)
+    params = SamplingParams(n=2, max_tokens=30, ignore_eos=True)
+    other = llm.add_request([5], params)
+    results = []
+    for _ in range(100):
+        if llm.is_finished():
+            break
+        results += llm.step()[0]
+    assert [request_id for request_id, _ in results] == [other, other], (
+        "the stream's are waited for, but not given"
+    )
+    assert llm.is_finished()
+    collect(increments)
+    assert_nothing_leaks(llm)
+
+
 def test_a_stream_whose_requests_an_error_dropped_says_so(llm):
     increments = llm.stream([[1], [2, 3]], greedy(9))
     next(increments)

@@ -35,6 +35,7 @@ class Sequence:
     eos_token_ids: frozenset[int] = frozenset()
     prompt: str | None = None
     request_id: int = 0
+    is_polled: bool = False  # `LLM.step` hands it out
     detokenizer: Detokenizer | None = None  # where the text matters before the end
 
     num_prompt_tokens: int = field(init=False)
@@ -150,10 +151,5 @@ def _takes_prompt(processor: LogitsProcessor) -> bool:
         parameters = inspect.signature(processor).parameters.values()
     except ValueError:  # a builtin one has no signature
         return False
-    return (
-        sum(
-            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-            for p in parameters
-        )
-        == 3
-    )
+    positional = (p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    return sum(p.default is p.empty for p in positional) == 3

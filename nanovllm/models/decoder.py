@@ -107,12 +107,16 @@ class Decoder(nn.Module):
 
     def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
         """Compute a step: hidden states [T, hidden] of its tokens, whose keys and values go to the layers' caches."""
-        x = self.embed_tokens(batch.input_ids)
+        x = self.embed(batch.input_ids)
         residual = torch.zeros_like(x)
         rotary = self.rotary(batch.positions)
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             x, residual = self.run_layer(layer, x, residual, rotary, cache, batch)
         return residual + x
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """What the first layer is given, [T, hidden], of token ids [T]."""
+        return self.embed_tokens(input_ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [S, vocabulary] of hidden states [S, hidden] that `forward` returned."""
