@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.config import Config, read_json
-from nanovllm.engine.llm_engine import LLMEngine, StepCounts
+from nanovllm.engine.llm_engine import LLMEngine, StepCounts, collector_paused
 from nanovllm.engine.sequence import LogprobRow, Sequence
 from nanovllm.models.loader import resolve_model
 from nanovllm.outputs import CompletionOutput, Increment, Logprob, RequestMetrics, RequestOutput
@@ -71,8 +71,9 @@ class LLM:
         def collect(places: Iterable[int]) -> int:
             """Fill in the outputs of requests that are done; returns how many were."""
             done = [i for i in places if outputs[i] is None and all(seq.is_finished for seq in requests[i])]
-            for i in done:
-                outputs[i] = self._make_output(requests[i])
+            with collector_paused():
+                for i in done:
+                    outputs[i] = self._make_output(requests[i])
             return len(done)
 
         try:

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from nanovllm.attention.triton import decode_tiles, prefill_tiles
 from nanovllm.kernels.gumbel import gumbel_max_kernel
+from nanovllm.kernels.logprobs import norm_and_rank_kernel
 from nanovllm.kernels.paged_attention import decode_kernel, prefill_kernel
 from nanovllm.kernels.truncation import UNUSED_BITS, least_kept_kernel
 
@@ -48,6 +49,7 @@ def sampling_memory(kernel, capability, dtype):
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {name: "constexpr" for name in constants} | {"logits": "*" + TYPES[dtype], "least": "*fp32"}
     types |= {"best": "*i64", "vocab_size": "i32", "stride": "i32", "per_split": "i32"}
+    types |= {"drawn": "*" + TYPES[dtype], "norm": "*fp32"}
     signature = {name: types.get(name, "*i32") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     target = GPUTarget("cuda", capability, 32)
@@ -58,7 +60,8 @@ for capability, (head_dim, group), dtype in itertools.product(capabilities, shap
     for kernel, tiles in ((decode_kernel, decode_tiles), (prefill_kernel, prefill_tiles)):
         taken = shared_memory(kernel, tiles(head_dim, group, getattr(torch, dtype)), capability, head_dim, group, dtype)
         print(json.dumps([kernel.__name__, capability, head_dim, group, dtype, taken]))
-for capability, dtype, kernel in itertools.product(capabilities, dtypes, (least_kept_kernel, gumbel_max_kernel)):
+sampling = (least_kept_kernel, gumbel_max_kernel, norm_and_rank_kernel)
+for capability, dtype, kernel in itertools.product(capabilities, dtypes, sampling):
     print(json.dumps([kernel.__name__, capability, dtype, sampling_memory(kernel, capability, dtype)]))
 """
 
@@ -86,5 +89,5 @@ def test_kernels_compile_within_99_kilobytes(capabilities, shapes, dtypes):
     )
     assert result.returncode == 0, result.stderr
     compiled = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(compiled) == 2 * len(capabilities) * (len(shapes) + 1) * len(dtypes)
+    assert len(compiled) == (2 * len(shapes) + 3) * len(capabilities) * len(dtypes)
     assert [c for c in compiled if c[-1] > MAX_SHARED_MEMORY] == []

@@ -18,7 +18,7 @@ from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.attention.triton import TritonAttention, split_chunks, split_decodes
 from nanovllm.engine.batch import Batch
 from nanovllm.engine.packing import int32
-from nanovllm.kernels import truncation
+from nanovllm.kernels import logprobs, truncation
 from nanovllm.kernels.gumbel import gumbel_max
 from nanovllm.layers import sampler
 from nanovllm.layers.norm import RMSNorm
@@ -267,3 +267,21 @@ def test_least_kept(dtype, spread, device):
     uses = torch.tensor([SamplingParams(**params).is_truncated for params in TRUNCATIONS], device=device)
     assert torch.equal((logits >= ours[:, None])[uses], (logits >= twin[:, None])[uses])
     assert (ours[~uses] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("vocab_size", [3, 8192, 20011])
+@pytest.mark.parametrize("dtype", [torch.float32, "half"])
+def test_norm_and_rank(dtype, vocab_size, device):
+    dtype = HALF[device] if dtype == "half" else dtype
+    torch.manual_seed(0)
+    logits = (torch.randn(7, 2 * vocab_size) * 5).to(device, dtype)[
+        :, :vocab_size
+    ]  # rows need not be adjacent
+    logits[1, ::2] = -torch.inf
+    logits[2] = 0.0
+    logits[3] += 30000.0
+    drawn = logits.gather(1, torch.randint(vocab_size, (7, 1), device=device))
+    norm, rank = logprobs.norm_and_rank(logits, drawn)
+    twin_norm, twin_rank = sampler.norm_and_rank(logits, drawn)
+    torch.testing.assert_close(norm, twin_norm, atol=1e-5, rtol=1e-6)
+    assert torch.equal(rank.long(), twin_rank)

@@ -50,10 +50,11 @@ class LLMEngine:
         model_config = ModelConfig.from_folder(self.folder, model_class.read_config)
         self.model_config = replace(model_config, dtype=config.torch_dtype(model_config.dtype))
         self.max_model_len = min(config.max_model_len, self.model_config.max_len)
-        with _on(config.torch_device), _collector_paused():
+        with _on(config.torch_device), collector_paused():
             self.runner: ModelRunner | None = ModelRunner(
                 config, self.model_config, self.folder, self.max_model_len
             )
+        gc.collect()  # or it would happen in the middle of the first call, and take 0.3 s of it
         self.finished: dict[int, Sequence] = {}
         self.in_flight: tuple[Step, SampledTokens] | None = None
         self.is_stepping = False
@@ -173,9 +174,9 @@ def _on(device: torch.device) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Compilers make millions of objects that stay: looking through them again and again took a second of ten. They
-    are looked through once at the end, or it would happen in the middle of the first call (0.3 s)."""
+def collector_paused() -> Iterator[None]:
+    """While many objects are made that stay, the garbage collector looks through them again and again, for nothing: a
+    second of ten in compilers, three quarters of the time that log-probabilities take to become dictionaries."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -183,4 +184,3 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-            gc.collect()

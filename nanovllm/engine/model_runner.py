@@ -99,7 +99,11 @@ def _to_cpu(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _rows(tensors: tuple[Tensor, ...]) -> Iterator[LogprobRow]:
-    return zip(*(tensor.tolist() for tensor in tensors), strict=True)
+    """What `logprobs` found, row by row. Tuples of numbers are nothing that the garbage collector goes on visiting."""
+    if not tensors:
+        return iter(())
+    own, ranks, top, top_ids = (tensor.tolist() for tensor in tensors)
+    return zip(own, ranks, map(tuple, top), map(tuple, top_ids), strict=True)
 
 
 class ModelRunner:

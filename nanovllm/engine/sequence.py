@@ -11,7 +11,7 @@ from nanovllm.sampling_params import LogitsProcessor, SamplingParams
 from nanovllm.text import Detokenizer
 
 # A token's log-probability and rank, and those of the most likely tokens with their ids: see layers.sampler.logprobs.
-LogprobRow = tuple[float, int, list[float], list[int]]
+LogprobRow = tuple[float, int, tuple[float, ...], tuple[int, ...]]
 
 
 @dataclass(eq=False, slots=True)

@@ -139,9 +139,19 @@ def _mix32(x: Tensor) -> Tensor:
 
 def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-softmax of raw logits [R, vocabulary]: of `token_ids` [R], with their ranks (1 is the most likely), and
-    the `num_top` largest with their token ids: float32 [R], int64 [R], float32 [R, num_top], int64 [R, num_top]."""
-    norm = torch.logsumexp(logits.float(), dim=-1, keepdim=True)
+    the `num_top` largest with their token ids: float32 [R], int [R], float32 [R, num_top], int64 [R, num_top]."""
     drawn = logits.gather(1, token_ids.unsqueeze(1))
+    if logits.is_cuda and kernels.AVAILABLE:
+        from nanovllm.kernels import logprobs
+
+        norm, rank = logprobs.norm_and_rank(logits, drawn)
+    else:
+        norm, rank = norm_and_rank(logits, drawn)
     top = logits.topk(num_top, dim=-1)
-    rank = (logits >= drawn).sum(dim=-1)
     return (drawn.float() - norm).squeeze(1), rank, top.values.float() - norm, top.indices
+
+
+def norm_and_rank(logits: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of logits [R, vocabulary] the log of the sum of exponentials, float32 [R, 1], and how many of them are at
+    least `drawn` [R, 1], int64 [R]. The twin of `kernels.logprobs.norm_and_rank`."""
+    return torch.logsumexp(logits.float(), dim=-1, keepdim=True), (logits >= drawn).sum(dim=-1)
