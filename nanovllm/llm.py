@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.config import Config, read_json
-from nanovllm.engine.llm_engine import LLMEngine, StepCounts, collector_paused
+from nanovllm.engine.llm_engine import LLMEngine, StepCounts, no_full_collections
 from nanovllm.engine.sequence import LogprobRow, Sequence
 from nanovllm.models.loader import resolve_model
 from nanovllm.outputs import CompletionOutput, Increment, Logprob, RequestMetrics, RequestOutput
@@ -71,15 +71,14 @@ class LLM:
         def collect(places: Iterable[int]) -> int:
             """Fill in the outputs of requests that are done; returns how many were."""
             done = [i for i in places if outputs[i] is None and all(seq.is_finished for seq in requests[i])]
-            with collector_paused():
-                for i in done:
-                    outputs[i] = self._make_output(requests[i])
+            for i in done:
+                outputs[i] = self._make_output(requests[i])
             return len(done)
 
         try:
             self._start(requests)
             num_done = 0
-            with _ProgressBar(len(requests), use_tqdm) as bar:
+            with _ProgressBar(len(requests), use_tqdm) as bar, no_full_collections():
                 while num_done < len(requests) and not self.engine.is_idle:
                     counts = self.engine.step()
                     num_new = collect({places[seq.request_id] for seq in self.engine.take_finished(places)})
