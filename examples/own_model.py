@@ -20,6 +20,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.attention import AttentionBackend
 from nanovllm.checks import check_choice
 from nanovllm.config import ModelConfig
+from nanovllm.distributed import Group
 from nanovllm.engine.batch import Batch, KVCache
 from nanovllm.layers.rotary import Rotary
 from nanovllm.models.decoder import Attention, Decoder, DecoderLayer
@@ -38,9 +39,9 @@ class GraniteModelConfig(ModelConfig):
 class GraniteAttention(Attention):
     """Queries are scaled, so that the backend's head_dim^-0.5 makes attention_multiplier of it."""
 
-    def __init__(self, config: GraniteModelConfig, backend: AttentionBackend):
-        super().__init__(config, backend)
-        self.num_heads = config.num_heads
+    def __init__(self, config: GraniteModelConfig, backend: AttentionBackend, group: Group):
+        super().__init__(config, backend, group)
+        self.num_heads = group.share(config.num_heads).size
         self.scale = config.attention_multiplier * config.head_dim**0.5
 
     def attend(self, qkv: Tensor, rotary: Rotary, cache: KVCache, batch: Batch) -> Tensor:
@@ -49,9 +50,9 @@ class GraniteAttention(Attention):
 
 
 class GraniteLayer(DecoderLayer):
-    def __init__(self, config: GraniteModelConfig, backend: AttentionBackend):
-        super().__init__(config, backend)
-        self.self_attn = GraniteAttention(config, backend)
+    def __init__(self, config: GraniteModelConfig, backend: AttentionBackend, group: Group):
+        super().__init__(config, backend, group)
+        self.self_attn = GraniteAttention(config, backend, group)
         self.multiplier = config.residual_multiplier
 
     def forward(
@@ -75,8 +76,8 @@ class Granite(Decoder):
         llama = {name: value for name, value in fields.items() if name not in ("model_type", "architectures")}
         return GraniteModelConfig(**vars(ModelConfig.from_hf(LlamaConfig(**llama))), **multipliers)
 
-    def __init__(self, config: GraniteModelConfig, backend: AttentionBackend, max_len: int):
-        super().__init__(config, backend, max_len)
+    def __init__(self, config: GraniteModelConfig, backend: AttentionBackend, group: Group, max_len: int):
+        super().__init__(config, backend, group, max_len)
         self.config = config
 
     def embed(self, input_ids: Tensor) -> Tensor:

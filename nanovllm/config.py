@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig
 
 from nanovllm.checks import check_bool, check_choice, check_float, check_int
@@ -31,7 +32,7 @@ class Config:
         max_num_seqs: so many sequences run at once.
         max_num_batched_tokens: a step computes at most so many tokens; longer prompts are cut into chunks.
         gpu_memory_utilization: the share of the GPU's whole memory that this process may use.
-        tensor_parallel_size: number of GPUs; only 1 is supported yet.
+        tensor_parallel_size: cut the model between so many GPUs (processes, on the CPU).
         kvcache_block_size: tokens in a KV block; None is what the attention backend likes best.
         num_kvcache_blocks: blocks in the pool, one of which is never handed out; -1 takes what memory allows.
         device: "auto" (CUDA if there is a GPU), "cpu", "cuda" or "cuda:N".
@@ -103,10 +104,6 @@ class Config:
             raise ValueError(f"num_kvcache_blocks must be -1 or at least 2, got {self.num_kvcache_blocks}")
         check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_minimum=True)
         check_int("tensor_parallel_size", self.tensor_parallel_size, 1)
-        if self.tensor_parallel_size > 1:
-            raise ValueError(
-                f"tensor_parallel_size must be 1, got {self.tensor_parallel_size}: one device is used"
-            )
         if not isinstance(self.dtype, torch.dtype):
             check_choice("dtype", self.dtype, ("auto", *DTYPES))
         elif self.dtype not in DTYPES.values():
@@ -130,7 +127,26 @@ class Config:
                 "enable_chunked_prefill must be True, got False: a prompt that does not fit into what is left of a step's "
                 "max_num_batched_tokens is always cut"
             )
-        self.torch_device  # noqa: B018  (raises if there is no such device)
+        self._check_devices()
+
+    def _check_devices(self) -> None:
+        device, size = self.torch_device, self.tensor_parallel_size
+        if size == 1:
+            return
+        if device.index is not None:
+            raise ValueError(
+                f"device must be 'auto', 'cpu' or 'cuda' with tensor_parallel_size={size}, got {str(device)!r}"
+            )
+        if device.type == "cuda" and not dist.is_torchelastic_launched() and size > torch.cuda.device_count():
+            raise ValueError(
+                f"tensor_parallel_size must be at most {torch.cuda.device_count()}, the number of CUDA devices, got {size}"
+            )
+
+    def device_of(self, local_rank: int) -> torch.device:
+        """The device of a rank, `local_rank` being its number on its machine."""
+        device = self.torch_device
+        is_one_of_many = self.tensor_parallel_size > 1 and device.type == "cuda"
+        return torch.device("cuda", local_rank) if is_one_of_many else device
 
     @property
     def torch_device(self) -> torch.device:
@@ -229,6 +245,16 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads evenly"
+            )
+
+    def check_ranks(self, size: int) -> None:
+        """Raise unless the model can be cut between so many ranks, with one or more whole heads to each."""
+        sizes = f"{self.num_heads} attention heads, {self.num_kv_heads} key-value heads, intermediate size {self.intermediate_size}"
+        kv_fits = self.num_kv_heads % size == 0 or size % self.num_kv_heads == 0
+        if self.num_heads % size or self.intermediate_size % size or not kv_fits:
+            raise ValueError(
+                f"tensor_parallel_size must divide the model's heads and intermediate size, and divide its key-value heads or "
+                f"be a multiple of them, got {size} for {sizes}"
             )
 
     @classmethod

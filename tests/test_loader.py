@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.config import ModelConfig
-from nanovllm.layers.linear import Linear, MergedLinear
+from nanovllm.distributed import Group, Share
+from nanovllm.layers.linear import ColumnParallelLinear, Linear
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import load_dummy, load_weights, resolve_model
 
@@ -96,6 +97,7 @@ def new_decoder(folder: Path, **changes: Any) -> Decoder:
     decoder = Decoder(
         replace(ModelConfig.from_folder(folder, ModelConfig.from_hf), **changes),
         ReferenceAttention(),
+        Group(),
         max_len=64,
     )
     with torch.no_grad():
@@ -259,27 +261,27 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "transposed": (
         replace_with("lm_head.weight", lambda w: w.T.contiguous()),
-        f"{WEIGHTS}: lm_head.weight is torch.float32 [32, 64], expected a float [64, 32]",
+        f"{WEIGHTS}: lm_head.weight is F32 [32, 64], expected a float [64, 32]",
     ),
     "a norm of one value": (  # would broadcast
         replace_with(NORM, lambda w: w[:1].clone()),
-        f"{WEIGHTS}: {NORM} is torch.float32 [1], expected a float [32]",
+        f"{WEIGHTS}: {NORM} is F32 [1], expected a float [32]",
     ),
     "too many heads": (
         replace_with(Q_PROJ, lambda w: w.repeat(2, 1)),
-        f"{WEIGHTS}: {Q_PROJ} is torch.float32 [64, 32], expected a float [32, 32]",
+        f"{WEIGHTS}: {Q_PROJ} is F32 [64, 32], expected a float [32, 32]",
     ),
     "int8": (
         replace_with(Q_PROJ, lambda w: w.to(torch.int8)),
-        f"{WEIGHTS}: {Q_PROJ} is torch.int8 [32, 32], expected a float [32, 32]",
+        f"{WEIGHTS}: {Q_PROJ} is I8 [32, 32], expected a float [32, 32]",
     ),
     "int32": (
         replace_with(Q_PROJ, lambda w: w.to(torch.int32)),
-        f"{WEIGHTS}: {Q_PROJ} is torch.int32 [32, 32], expected a float [32, 32]",
+        f"{WEIGHTS}: {Q_PROJ} is I32 [32, 32], expected a float [32, 32]",
     ),
     "float8": (
         replace_with(Q_PROJ, lambda w: w.to(torch.float8_e4m3fn)),
-        f"{WEIGHTS}: {Q_PROJ} is torch.float8_e4m3fn [32, 32], expected a float [32, 32]",
+        f"{WEIGHTS}: {Q_PROJ} is F8_E4M3 [32, 32], expected a float [32, 32]",
     ),
 }
 
@@ -561,7 +563,11 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 
 def new_linear(bias: bool, merged: bool, dtype: torch.dtype) -> Linear:
     linear = (
-        MergedLinear(32, {"a": 16, "b": 8, "c": 8}, bias, dtype) if merged else Linear(32, 32, bias, dtype)
+        ColumnParallelLinear(
+            32, {"a": Share(0, 16, 16), "b": Share(0, 8, 8), "c": Share(0, 8, 8)}, bias, dtype
+        )
+        if merged
+        else Linear(32, 32, bias, dtype)
     )
     torch.manual_seed(0)
     with torch.no_grad():

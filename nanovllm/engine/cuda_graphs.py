@@ -30,7 +30,8 @@ class DecodeGraphs:
             decode = start(size)
             decode()  # compiles, loads and allocates what a capture must not
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # NCCL's own thread goes on asking about earlier work meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 hidden = decode()
             self.graphs[size] = graph, hidden
 

@@ -11,18 +11,17 @@ import gc
 import time
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from nanovllm.config import Config, ModelConfig
+from nanovllm.config import Config
+from nanovllm.distributed import Group
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.model_runner import ModelRunner, SampledTokens
+from nanovllm.engine.model_runner import ModelRunner, SampledTokens, find_model
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
-from nanovllm.models.decoder import Decoder
-from nanovllm.models.loader import resolve_model
+from nanovllm.engine.workers import start_workers
 
 # More tokens in a step only leave a CPU's caches: prompts of 16 to 256 tokens ran 10 % faster than in one large step.
 CPU_STEP_TOKENS = 1024
@@ -43,17 +42,22 @@ class LLMEngine:
 
     def __init__(self, config: Config):
         self.config = config
-        self.folder = resolve_model(config.model, config.revision)
-        model_class = Decoder if config.model_class is None else config.model_class
-        if not issubclass(model_class, Decoder):
-            raise TypeError(f"model_class must be a subclass of Decoder, got {model_class!r}")
-        model_config = ModelConfig.from_folder(self.folder, model_class.read_config)
-        self.model_config = replace(model_config, dtype=config.torch_dtype(model_config.dtype))
+        self.folder, self.model_config = find_model(config)
+        self.model_config.check_ranks(config.tensor_parallel_size)
         self.max_model_len = min(config.max_model_len, self.model_config.max_len)
-        with _on(config.torch_device), no_full_collections():
-            self.runner: ModelRunner | None = ModelRunner(
-                config, self.model_config, self.folder, self.max_model_len
-            )
+        self.workers = start_workers(config) if config.tensor_parallel_size > 1 else None
+        self.runner: ModelRunner | None = None
+        try:
+            with _on(config.device_of(0)), no_full_collections():
+                if self.workers is None:
+                    self.runner = ModelRunner(config, Group(config.torch_device))
+                else:
+                    group = self.workers.begin(config)
+                    with self.workers.in_step():
+                        self.runner = ModelRunner(config, group)
+        except BaseException:
+            self.close()
+            raise
         gc.collect()  # or it would happen in the middle of the first call, and take 0.3 s of it
         self.finished: dict[int, Sequence] = {}
         self.in_flight: tuple[Step, SampledTokens] | None = None
@@ -96,7 +100,8 @@ class LLMEngine:
         try:
             with _on(runner.device):
                 step = self.scheduler.schedule()
-                launched = runner.forward(step) if step else None
+                in_step = None if self.workers is None else self.workers.in_step
+                launched = runner.forward(step, in_step) if step else None
                 counts = self._commit()
                 if step is not None and launched is not None and self.scheduler.has_unfinished:
                     self.in_flight = step, runner.sample(launched)
@@ -127,7 +132,10 @@ class LLMEngine:
         }
 
     def close(self) -> None:
-        """Give the device's memory back. The engine cannot be used afterwards."""
+        """Give the devices' memory back, and end the workers. The engine cannot be used afterwards."""
+        workers, self.workers = self.workers, None
+        if workers is not None:
+            workers.close()
         on_cuda = self.runner is not None and self.runner.device.type == "cuda"
         self.runner = self.in_flight = None
         if on_cuda:
@@ -153,7 +161,10 @@ class LLMEngine:
             return StepCounts()
         step, sampled = self.in_flight
         self.in_flight = None
-        self.finished.update((seq.seq_id, seq) for seq in self.scheduler.commit(sampled.result()))
+        results = list(sampled.result())  # waits for them
+        if self.workers is not None:
+            self.workers.check()
+        self.finished.update((seq.seq_id, seq) for seq in self.scheduler.commit(results))
         return StepCounts(step.num_prefill_tokens, step.num_decode_tokens)
 
     def _reset(self) -> None:
@@ -162,6 +173,8 @@ class LLMEngine:
         self.num_resets += 1
         try:
             self._runner().synchronize()
+            if self.workers is not None:
+                self.workers.check()
             self.scheduler = self._new_scheduler()
         except BaseException:
             self.close()

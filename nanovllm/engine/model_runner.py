@@ -6,7 +6,8 @@ Nothing between planning a step and launching it synchronises; the only wait is 
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from nanovllm import attention, kernels
 from nanovllm.config import Config, ModelConfig
+from nanovllm.distributed import Group
 from nanovllm.engine.adjust import adjust
 from nanovllm.engine.batch import INT, KVCache
 from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
@@ -26,6 +28,7 @@ from nanovllm.engine.memory import GIB, available_host_memory, cuda_pool_bytes
 from nanovllm.engine.packing import (
     DeviceTables,
     HostBatch,
+    PackedStep,
     Staging,
     int32,
     pack_chunks,
@@ -37,7 +40,7 @@ from nanovllm.engine.sequence import LogprobRow, Sequence
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.sampler import SamplingBatch, logprobs, pack_sampling, sample
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.loader import load_dummy, load_weights
+from nanovllm.models.loader import load_dummy, load_weights, resolve_model
 from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,9 @@ logger = logging.getLogger(__name__)
 # Chunks are padded to a multiple of so many tokens where layers are compiled, which makes a variant for one token.
 TOKEN_MULTIPLE = 8
 HEAD_ROWS = 256  # of a prompt go through the head at once
+
+
+InStep = Callable[[bytes], AbstractContextManager[None]]  # `Workers.in_step`
 
 
 class PromptLogprobs(NamedTuple):
@@ -63,6 +69,15 @@ class Launched(NamedTuple):
     rows: Tensor  # [S] int32
     positions: Tensor  # [S] int32, of the tokens to be drawn
     prompt_logprobs: list[PromptLogprobs]
+
+
+class PromptRead(NamedTuple):
+    """Hidden states `row` … of a step say how likely the tokens `start` … `end` - 1 of a prompt are."""
+
+    seq: Sequence
+    start: int
+    end: int
+    row: int
 
 
 @dataclass
@@ -106,14 +121,33 @@ def _rows(tensors: tuple[Tensor, ...]) -> Iterator[LogprobRow]:
     return zip(own, ranks, map(tuple, top), map(tuple, top_ids), strict=True)
 
 
-class ModelRunner:
-    """Runs steps of one model on one device. `num_blocks` is the size of the KV pool that it made."""
+def find_model(config: Config) -> tuple[Path, ModelConfig]:
+    """The folder of a model, and its architecture in the data type that the options ask for."""
+    model_class = Decoder if config.model_class is None else config.model_class
+    if not issubclass(model_class, Decoder):
+        raise TypeError(f"model_class must be a subclass of Decoder, got {model_class!r}")
+    folder = resolve_model(config.model, config.revision)
+    model_config = ModelConfig.from_folder(folder, model_class.read_config)
+    return folder, replace(model_config, dtype=config.torch_dtype(model_config.dtype))
 
-    def __init__(self, config: Config, model_config: ModelConfig, folder: Path, max_len: int):
-        self.device = config.torch_device
-        self.model_config = model_config
+
+class ModelRunner:
+    """Runs steps of one model on one device, its share of it if there are several. `num_blocks` is the size of the KV
+    pool that it made."""
+
+    def __init__(self, config: Config, group: Group):
+        self.group = group
+        self.device = group.device
+        self.folder, self.model_config = folder, model_config = find_model(config)
+        self.max_len = max_len = min(config.max_model_len, model_config.max_len)
+        model_config.check_ranks(group.size)
+        num_heads = group.share(model_config.num_heads).size
+        self.num_kv_heads = group.share(model_config.num_kv_heads).size
         self.backend = attention.select(
-            config.attention_backend, model_config, self.device, config.kvcache_block_size
+            config.attention_backend,
+            replace(model_config, num_heads=num_heads, num_kv_heads=self.num_kv_heads),
+            self.device,
+            config.kvcache_block_size,
         )
         self.block_size = config.kvcache_block_size or self.backend.block_size
         self.head_rows = min(HEAD_ROWS, config.max_num_seqs)
@@ -126,20 +160,20 @@ class ModelRunner:
         num_positions = max(max_len, TOKEN_MULTIPLE)  # padding has positions too
         blocks_per_row = -(-num_positions // self.block_size)
         with torch.device(self.device):
-            self.model = (config.model_class or Decoder)(model_config, self.backend, num_positions)
+            self.model = (config.model_class or Decoder)(model_config, self.backend, group, num_positions)
             self.tables = DeviceTables(
                 block_tables=torch.zeros(num_rows, blocks_per_row, dtype=torch.int32),
                 last_token=torch.zeros(num_rows, dtype=torch.int32),
                 sampling=torch.zeros(num_rows, 6, dtype=torch.int32),
             )
-        # A row has 13 numbers and its attention plan, a token 3 and its plan, a new block-table entry 2.
+        # A row has 14 numbers and its attention plan, a token 3 and its plan, a new block-table entry 2.
         self.staging = Staging(
             num_rows * (40 + 2 * blocks_per_row) + config.max_num_batched_tokens * 8 + 65536, self.device
         )
         if config.load_format == "dummy":
             load_dummy(self.model)
         else:
-            load_weights(self.model, folder, config.use_tqdm)
+            load_weights(self.model, folder, config.use_tqdm and group.rank == 0)
         if self.device.type == "cpu":
             for module in self.model.modules():
                 if isinstance(module, Linear):
@@ -149,46 +183,47 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         sizes = graph_sizes(config.max_num_seqs) if self.compiles and self.backend.capturable else []
         self.kv_cache = self._new_kv_cache(1)  # until it is known how many fit
-        self.num_blocks = self._choose_num_blocks(config, max_len, sizes)
+        self.num_blocks = group.least(self._choose_num_blocks(config, max_len, sizes))
         self.kv_cache = self._new_kv_cache(self.num_blocks)
         if sizes:
             self.graphs = DecodeGraphs(self._start_trash_decode, sizes)
             self._warm_up_head(sizes)
 
+    def forward(self, step: Step, in_step: InStep | None = None) -> Launched:
+        """Launch a step up to its logits; return at once. `in_step`, if there are other ranks, sends it to them."""
+        packed, reads = self._pack(step)
+        with in_step(packed.to_bytes()) if in_step else nullcontext():
+            logits, rows, positions, logprobs = self.run(packed)
+        prompt_logprobs = [
+            PromptLogprobs(seq, start, tensors)
+            for (seq, start, _, _), tensors in zip(reads, logprobs, strict=True)
+        ]
+        return Launched(step.sampled, logits[: len(rows)], rows, positions, prompt_logprobs)
+
     @torch.inference_mode()
-    def forward(self, step: Step) -> Launched:
-        """Launch a step up to its logits; return at once. Decode rows are a batch, and replayed; chunks are another."""
-        num_decodes = len(step.decodes)
-        size = self.graphs.size_for(num_decodes) if self.graphs else num_decodes
-        decodes = chunks = None
-        if step.decodes:
-            decodes = pack_decodes(step.decodes, step.context_lens, size, self.backend)
-        if step.chunks:
-            num_padding = -step.num_prefill_tokens % TOKEN_MULTIPLE if self.compiles else 0
-            chunks = pack_chunks(step.chunks, num_padding, self.backend)
-        ends = accumulate(chunk.num_tokens for chunk in step.chunks)
-        last_tokens = [end - 1 for end, chunk in zip(ends, step.chunks, strict=True) if chunk.is_sampled]
-        positions = step.context_lens + [c.start + c.num_tokens for c in step.chunks if c.is_sampled]
-        sampled = step.sampled
-        decode_views, update_views, chunk_views, sampled_views = self.staging.upload(
-            decodes.arrays if decodes else [],  # first: where the graphs read them
-            self._pack_updates(step),
-            chunks.arrays if chunks else [],
-            [int32([seq.row for seq in sampled]), int32(positions), int32(last_tokens)],
-        )
-        d_rows, d_positions, d_last_tokens = sampled_views
+    def run(self, packed: PackedStep) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, ...]]]:
+        """This rank's part of a step. Decode rows are a batch, and replayed; chunks are another.
+
+        Returns logits, of at least as many rows as are sampled, the rows and positions [S] that these belong to, and what
+        `logprobs` says of each prompt read, on its way to the CPU. Logits mean something on rank 0 alone.
+        """
+        decode_views, update_views, chunk_views, sampled_views, read_views = self.staging.upload(*packed)
+        rows, positions, last_tokens = sampled_views
         self._apply_updates(update_views)
+        self.group.broadcast(self.tables.last_token)  # rank 0 has drawn them
         hidden = []
-        prompt_logprobs = []
-        if decodes:
+        logprobs = []
+        if packed.decodes:
+            size = len(packed.decodes[0])
+            decodes = HostBatch(True, packed.decodes)
             replayed = self.graphs.replay(size) if self.graphs else self._compute(decodes, decode_views)
-            hidden.append(replayed[:num_decodes] if chunks else replayed)
-        if chunks:
-            computed = self._compute(chunks, chunk_views)
-            prompt_logprobs = self._prompt_logprobs(step.chunks, computed)
-            hidden.append(computed[d_last_tokens])
+            hidden.append(replayed[: len(rows) - len(last_tokens)] if packed.chunks else replayed)
+        if packed.chunks:
+            computed = self._compute(HostBatch(False, packed.chunks), chunk_views)
+            logprobs = self._read_prompts(packed.prompt_reads[0].tolist(), read_views[1], computed)
+            hidden.append(computed[last_tokens])
         logits = self._logits(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
-        return Launched(sampled, logits[: len(sampled)], d_rows, d_positions, prompt_logprobs)
+        return logits, rows, positions, logprobs
 
     @torch.inference_mode()
     def sample(self, launched: Launched) -> SampledTokens:
@@ -251,16 +286,37 @@ class ModelRunner:
         (views,) = self.staging.upload(host.arrays)
         return torch.inference_mode()(lambda: self._compute(host, views))
 
-    def _pack_updates(self, step: Step) -> list[INT]:
-        """What the tables have to learn: places and blocks [E]; rows [R] and their sampling parameters [R, 6]."""
-        rows, indices, blocks = int32(step.block_updates).reshape(-1, 3).T
+    def _pack(self, step: Step) -> tuple[PackedStep, list[PromptRead]]:
+        num_decodes = len(step.decodes)
+        decodes: list[INT] = []
+        chunks: list[INT] = []
+        if step.decodes:
+            size = self.graphs.size_for(num_decodes) if self.graphs else num_decodes
+            decodes = pack_decodes(step.decodes, step.context_lens, size, self.backend).arrays
+        if step.chunks:
+            num_padding = -step.num_prefill_tokens % TOKEN_MULTIPLE if self.compiles else 0
+            chunks = pack_chunks(step.chunks, num_padding, self.backend).arrays
+        ends = accumulate(chunk.num_tokens for chunk in step.chunks)
+        last_tokens = [end - 1 for end, chunk in zip(ends, step.chunks, strict=True) if chunk.is_sampled]
+        positions = step.context_lens + [c.start + c.num_tokens for c in step.chunks if c.is_sampled]
+        rows = [seq.row for seq in step.sampled]
+        entry_rows, indices, blocks = int32(step.block_updates).reshape(-1, 3).T
+        places = entry_rows * self.tables.block_tables.shape[1] + indices
         vocab_size = self.model_config.vocab_size
-        return [
-            rows * self.tables.block_tables.shape[1] + indices,
-            blocks,
-            int32([seq.row for seq in step.admitted]),
-            int32([pack_sampling(seq.params, seq.seed, vocab_size) for seq in step.admitted]),
+        sampling = [pack_sampling(seq.params, seq.seed, vocab_size) for seq in step.admitted]
+        reads = self._prompt_reads(step.chunks)
+        read_rows = [
+            (row, end - i, self._num_top([seq.params.prompt_logprobs])) for seq, i, end, row in reads
         ]
+        read_tokens = [token_id for seq, start, end, _ in reads for token_id in seq.token_ids[start:end]]
+        packed = PackedStep(
+            decodes=decodes,
+            updates=[places, blocks, int32([seq.row for seq in step.admitted]), int32(sampling)],
+            chunks=chunks,
+            sampled=[int32(rows), int32(positions), int32(last_tokens)],
+            prompt_reads=[int32(read_rows).reshape(-1, 3), int32(read_tokens)],
+        )
+        return packed, reads
 
     def _apply_updates(self, views: list[Tensor]) -> None:
         places, blocks, rows, sampling = views
@@ -281,23 +337,32 @@ class ModelRunner:
             logits, token_ids = logits[rows], token_ids[rows]
         return logprobs(logits, token_ids.long(), self._num_top([n for _, n in asking]))
 
-    def _prompt_logprobs(self, chunks: list[ScheduledChunk], hidden: Tensor) -> list[PromptLogprobs]:
-        """Of the prompts that ask for them and have not read them before a preemption, in slices of rows."""
-        read = []
+    def _prompt_reads(self, chunks: list[ScheduledChunk]) -> list[PromptRead]:
+        """Slices of the prompts that ask for log-probabilities and have not read them before a preemption."""
+        reads = []
         at = 0  # the chunk's first token in the batch
         for seq, start, num_tokens, _ in chunks:
             if seq.awaits_prompt_logprobs:  # the hidden state of each token says how likely the next one is
                 first = max(start + 1, len(seq.prompt_logprobs))
                 end = min(start + num_tokens + 1, seq.num_prompt_tokens)
                 for i in range(first, end, self.head_rows):
-                    token_ids = seq.token_ids[i : min(i + self.head_rows, end)]
-                    rows = hidden[at + i - 1 - start :][: len(token_ids)]
-                    logits = self._logits(rows)[: len(rows)]
-                    num_top = self._num_top([seq.params.prompt_logprobs])
-                    tensors = logprobs(logits, self._send(token_ids), num_top)
-                    read.append(PromptLogprobs(seq, i, _to_cpu(tensors)))
+                    reads.append(PromptRead(seq, i, min(i + self.head_rows, end), at + i - 1 - start))
             at += num_tokens
-        return read
+        return reads
+
+    def _read_prompts(
+        self, reads: list[list[int]], token_ids: Tensor, hidden: Tensor
+    ) -> list[tuple[Tensor, ...]]:
+        """For each read of a PackedStep what `logprobs` says of its tokens."""
+        found = []
+        at = 0
+        for row, num_tokens, num_top in reads:
+            logits = self._logits(hidden[row : row + num_tokens])[:num_tokens]
+            if self.group.rank == 0:
+                read = token_ids[at : at + num_tokens].long()
+                found.append(_to_cpu(logprobs(logits, read, num_top)))
+            at += num_tokens
+        return found
 
     def _num_top(self, asked: list[int | None]) -> int:
         return max(self.model_config.vocab_size if n == -1 else n or 0 for n in asked)
@@ -312,7 +377,7 @@ class ModelRunner:
         numpy, whose zeros take no memory until they are written, where PyTorch's take it all at once.
         """
         c = self.model_config
-        shape = (c.num_layers, 2, num_blocks, self.block_size, c.num_kv_heads, c.head_dim)
+        shape = (c.num_layers, 2, num_blocks, self.block_size, self.num_kv_heads, c.head_dim)
         if self.device.type == "cpu":
             num_bytes = math.prod(shape) * c.dtype.itemsize
             cache = torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(c.dtype).view(shape)
@@ -402,7 +467,10 @@ class ModelRunner:
             decodes.decodes.append(Sequence(0, [0], plain, seed=0, max_tokens=1))
             decodes.context_lens.append(max_len)
         for step in (prompts, decodes):
-            launched = self.forward(step)
+            logits, rows, positions, _ = self.run(self._pack(step)[0])
+            if self.group.rank > 0:
+                continue
+            launched = Launched(step.sampled, logits[: len(rows)], rows, positions, [])
             self.sample(launched)
             for params in demanding:
                 sequences = [Sequence(0, [0], params, seed=0, max_tokens=1) for _ in launched.sequences]

@@ -1,5 +1,6 @@
-"""The way of a step to the device: its numbers packed into one tensor, sent in one copy, and unpacked into Batches."""
+"""The way of a step to the devices: its numbers packed into one tensor, sent in one copy, and unpacked into Batches."""
 
+import marshal
 from typing import NamedTuple
 
 import numpy as np
@@ -63,22 +64,20 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class HostBatch(NamedTuple):
-    """A batch on the CPU, on its way. `arrays` are rows, context_lens and the attention plan; for chunks then
-    input_ids [T], positions [T] and token_rows [T], the row of each token."""
+    """A batch on the CPU, on its way. `arrays` are rows, context_lens, query_lens and the attention plan; for chunks then
+    input_ids [T], positions [T] and token_rows [T], the row of each token. There are none in an empty batch."""
 
     is_decode: bool
-    query_lens: INT
-    context_lens: INT
     arrays: list[INT]
 
     def on_device(self, views: list[Tensor], tables: DeviceTables, block_size: int) -> Batch:
         """The batch whose arrays arrived as `views`. What can be derived is derived on the device."""
-        rows, context_lens = views[:2]
+        rows, context_lens, _ = views[:3]
         if self.is_decode:
-            plan, token_rows = views[2:], rows
+            plan, token_rows = views[3:], rows
             input_ids, positions = tables.last_token.index_select(0, rows), context_lens - 1
         else:
-            plan = views[2:-3]
+            plan = views[3:-3]
             input_ids, positions, token_rows = views[-3:]
         places = token_rows * tables.block_tables.shape[1] + positions // block_size
         blocks = tables.block_tables.view(-1).index_select(0, places)
@@ -91,10 +90,34 @@ class HostBatch(NamedTuple):
             context_lens=context_lens,
             block_tables=tables.block_tables,
             block_size=block_size,
-            query_lens=self.query_lens,
-            cpu_context_lens=self.context_lens,
+            query_lens=self.arrays[2],
+            cpu_context_lens=self.arrays[1],
             plan=plan,
         )
+
+
+class PackedStep(NamedTuple):
+    """All that a rank must know to compute a step."""
+
+    decodes: list[INT]  # the arrays of a HostBatch of decode rows, with padding
+    updates: list[
+        INT
+    ]  # what the tables have to learn: places and blocks [E]; rows [R], sampling parameters [R, 6]
+    chunks: list[INT]  # the arrays of a HostBatch of chunks
+    sampled: list[
+        INT
+    ]  # rows, positions [S] of the tokens to be drawn; of those after chunks the last tokens [C]
+    # Slices of prompts whose log-probabilities are read: [P, 3] of the first hidden state, their number, how many of the
+    # most likely tokens; and the tokens whose log-probabilities they are, one after the other
+    prompt_reads: list[INT]
+
+    def to_bytes(self) -> bytes:
+        return marshal.dumps([[(array.shape, array.tobytes()) for array in arrays] for arrays in self])
+
+    @classmethod
+    def from_bytes(cls, message: bytes) -> "PackedStep":
+        groups = marshal.loads(message)
+        return cls(*([np.frombuffer(data, np.int32).reshape(shape) for shape, data in g] for g in groups))
 
 
 def pack_decodes(
@@ -106,7 +129,7 @@ def pack_decodes(
     lens = int32(context_lens + [1] * num_padding)
     query_lens = np.ones(size, np.int32)
     plan = backend.plan(True, query_lens, lens)
-    return HostBatch(True, query_lens, lens, [rows, lens, *plan])
+    return HostBatch(True, [rows, lens, query_lens, *plan])
 
 
 def pack_chunks(chunks: list[ScheduledChunk], num_padding: int, backend: AttentionBackend) -> HostBatch:
@@ -125,7 +148,7 @@ def pack_chunks(chunks: list[ScheduledChunk], num_padding: int, backend: Attenti
     context_lens = first + query_lens
     plan = backend.plan(False, query_lens, context_lens)
     tokens = [int32(input_ids), int32(positions), token_rows]
-    return HostBatch(False, query_lens, context_lens, [int32(rows), context_lens, *plan, *tokens])
+    return HostBatch(False, [int32(rows), context_lens, query_lens, *plan, *tokens])
 
 
 def int32(values: ArrayLike) -> INT:

@@ -1,16 +1,47 @@
-"""Token embedding."""
+"""Token embedding and head, with the vocabulary cut between the ranks."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm.distributed import Group, Share
+from nanovllm.layers.linear import ColumnParallelLinear
 
-class Embedding(nn.Module):
-    """Rows of W [vocabulary, hidden]."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype):
+def vocabulary_share(vocab_size: int, group: Group) -> Share:
+    """This rank's tokens, as many on every rank: the last ones may have tokens that no vocabulary has."""
+    size = -(-vocab_size // group.size)
+    return Share(group.rank * size, size, vocab_size)
+
+
+class ParallelEmbedding(nn.Module):
+    """A rank's rows of W [vocabulary, hidden]; for tokens of other ranks it adds nothing to the sum."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype, group: Group):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype), requires_grad=False)
+        self.share = vocabulary_share(vocab_size, group)
+        self.group = group
+        self.weight = nn.Parameter(
+            torch.empty(self.share.size, hidden_size, dtype=dtype), requires_grad=False
+        )
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.weight)  # [T, hidden]
+        if self.group.size == 1:
+            return F.embedding(token_ids, self.weight)  # [T, hidden]
+        token_ids = token_ids - self.share.start
+        is_other = (token_ids < 0) | (token_ids >= self.share.size)
+        x = F.embedding(token_ids.masked_fill(is_other, 0), self.weight)
+        return self.group.all_reduce(x.masked_fill(is_other.unsqueeze(1), 0))
+
+
+class ParallelHead(ColumnParallelLinear):
+    """Logits of the whole vocabulary on rank 0, of a rank's own tokens elsewhere."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, dtype: torch.dtype, group: Group):
+        share = vocabulary_share(vocab_size, group)
+        super().__init__(hidden_size, {"lm_head": share}, bias=False, dtype=dtype)
+        self.vocab_size = vocab_size
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group.gather(super().forward(x))[:, : self.vocab_size]

@@ -1,8 +1,10 @@
-"""Linear layers whose weights know their names in a checkpoint."""
+"""Linear layers, whole or cut between the ranks, whose weights know their names in a checkpoint."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nanovllm.distributed import Group, Share
 
 
 class Linear(nn.Module):
@@ -16,9 +18,12 @@ class Linear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.weight.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
+        return F.linear(x, self.weight, bias)
 
     def pack(self) -> None:
         """Reorder the weight, once filled, into oneDNN's blocked layout, where this CPU has fast products for it.
@@ -37,9 +42,23 @@ class Linear(nn.Module):
             self.weight = nn.Parameter(packed, requires_grad=False)
 
 
-class MergedLinear(Linear):
-    """Several linear layers on the same input as one product; `parts` maps their names to their output sizes."""
+class ColumnParallelLinear(Linear):
+    """Linear layers on the same input as one product; `parts` maps their names to the outputs that this rank computes."""
 
-    def __init__(self, in_features: int, parts: dict[str, int], bias: bool, dtype: torch.dtype):
-        super().__init__(in_features, sum(parts.values()), bias, dtype)
+    def __init__(self, in_features: int, parts: dict[str, Share], bias: bool, dtype: torch.dtype):
+        super().__init__(in_features, sum(share.size for share in parts.values()), bias, dtype)
         self.parts = parts
+
+
+class RowParallelLinear(Linear):
+    """A linear layer of whose input each rank has a share; their outputs are added up."""
+
+    def __init__(self, share: Share, out_features: int, bias: bool, dtype: torch.dtype, group: Group):
+        super().__init__(share.size, out_features, bias, dtype)
+        self.share = share
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return super().forward(x)
+        return self.group.all_reduce(self.product(x, self.bias if self.group.rank == 0 else None))

@@ -12,25 +12,27 @@ from torch import Tensor, nn
 
 from nanovllm.attention import AttentionBackend
 from nanovllm.config import ModelConfig
+from nanovllm.distributed import Group
 from nanovllm.engine.batch import Batch, KVCache
 from nanovllm.layers.activation import silu_and_mul
-from nanovllm.layers.embedding import Embedding
-from nanovllm.layers.linear import Linear, MergedLinear
+from nanovllm.layers.embedding import ParallelEmbedding, ParallelHead
+from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import Rotary, RotaryEmbedding
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H query heads share H_kv key-value heads of size D."""
+    """Grouped-query attention: H query heads share H_kv key-value heads of size D; a rank has its share of both."""
 
-    def __init__(self, config: ModelConfig, backend: AttentionBackend):
+    def __init__(self, config: ModelConfig, backend: AttentionBackend, group: Group):
         super().__init__()
         self.backend = backend
         self.head_dim = config.head_dim
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv_proj = MergedLinear(config.hidden_size, parts, config.qkv_bias, config.dtype)
-        self.o_proj = Linear(q_size, config.hidden_size, config.o_bias, config.dtype)
+        q = group.share(config.num_heads, config.head_dim)
+        kv = group.share(config.num_kv_heads, config.head_dim)
+        parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, config.qkv_bias, config.dtype)
+        self.o_proj = RowParallelLinear(q, config.hidden_size, config.o_bias, config.dtype, group)
         self.norms: tuple[RMSNorm, RMSNorm] | None = None
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.dtype)
@@ -49,23 +51,24 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, group: Group):
         super().__init__()
-        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
-        self.gate_up_proj = MergedLinear(config.hidden_size, parts, config.mlp_bias, config.dtype)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, config.dtype)
+        share = group.share(config.intermediate_size)
+        parts = {"gate_proj": share, "up_proj": share}
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, config.mlp_bias, config.dtype)
+        self.down_proj = RowParallelLinear(share, config.hidden_size, config.mlp_bias, config.dtype, group)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, backend: AttentionBackend):
+    def __init__(self, config: ModelConfig, backend: AttentionBackend, group: Group):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.dtype)
-        self.self_attn = Attention(config, backend)
+        self.self_attn = Attention(config, backend, group)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.dtype)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, group)
 
     def forward(
         self, x: Tensor, residual: Tensor, rotary: Rotary, cache: KVCache, batch: Batch
@@ -90,13 +93,15 @@ class Decoder(nn.Module):
         """The sizes and flags that a transformers config asks for; a subclass may read what this engine does not know."""
         return ModelConfig.from_hf(hf)
 
-    def __init__(self, config: ModelConfig, backend: AttentionBackend, max_len: int):
+    def __init__(self, config: ModelConfig, backend: AttentionBackend, group: Group, max_len: int):
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.dtype)
+        self.embed_tokens = ParallelEmbedding(config.vocab_size, config.hidden_size, config.dtype, group)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, max_len)
-        self.layers = nn.ModuleList(self.layer_class(config, backend) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            self.layer_class(config, backend, group) for _ in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.dtype)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=config.dtype)
+        self.lm_head = ParallelHead(config.hidden_size, config.vocab_size, config.dtype, group)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.run_layer: Callable[..., tuple[Tensor, Tensor]] = self.layer_class.forward
@@ -119,5 +124,5 @@ class Decoder(nn.Module):
         return self.embed_tokens(input_ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [S, vocabulary] of hidden states [S, hidden] that `forward` returned."""
+        """Logits [S, vocabulary] of hidden states [S, hidden] that `forward` returned; all of them on rank 0 only."""
         return self.lm_head(self.norm(hidden))

@@ -1,12 +1,14 @@
 """The loader: finds a checkpoint and fills a model from its safetensors, every name accounted for.
 
-Tensors are read one at a time and copied to the view of the parameter that they fill: nothing is held twice.
+Tensors are read one at a time and copied to the part of a parameter that they fill: nothing is held twice. Of a tensor
+that is cut between ranks, each reads its own share.
 """
 
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanovllm.config import read_json
-from nanovllm.layers.linear import MergedLinear
+from nanovllm.distributed import Share
+from nanovllm.layers.embedding import ParallelEmbedding
+from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -51,23 +55,23 @@ def load_weights(model: nn.Module, folder: Path, show_progress: bool) -> None:
         ValueError: no safetensors, a file that is missing or damaged, a tensor of another shape or no float, or names
             that are missing, unexpected or there twice; each with its name.
     """
-    unfilled = parameter_views(model)
+    unfilled = parameter_targets(model)
     # What a checkpoint may repeat: the names of shared parameters (a tied head), and old tables of frequencies.
     own_names = {name for name, _ in model.named_parameters()}
     redundant = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own_names
     unexpected = []
     with tqdm(total=len(unfilled), desc="Loading weights", unit="tensor", disable=not show_progress) as bar:
         for name, tensor, file in read_tensors(folder):
-            view = unfilled.pop(name.removeprefix("model."), None)
-            if view is None:
+            target = unfilled.pop(name.removeprefix("model."), None)
+            if target is None:
                 if name not in redundant and not name.endswith("rotary_emb.inv_freq"):
                     unexpected.append(name)
                 continue
-            if tensor.shape != view.shape or not tensor.is_floating_point() or tensor.element_size() < 2:
-                raise ValueError(
-                    f"{file.name}: {name} is {tensor.dtype} {list(tensor.shape)}, expected a float {list(view.shape)}"
-                )
-            view.copy_(tensor)
+            shape, dtype = list(tensor.get_shape()), tensor.get_dtype()
+            if shape != target.shape or dtype not in ("BF16", "F16", "F32", "F64"):
+                raise ValueError(f"{file.name}: {name} is {dtype} {shape}, expected a float {target.shape}")
+            part = tensor[target.slices]
+            target.view.narrow(target.dim, 0, part.shape[target.dim]).copy_(part)
             bar.update()
     if unfilled or unexpected:
         raise ValueError(
@@ -87,33 +91,55 @@ def load_dummy(model: nn.Module, seed: int = 0) -> None:
             parameter.normal_(0.0, 0.02, generator=generator)
 
 
-def parameter_views(model: nn.Module) -> dict[str, Tensor]:
-    """Checkpoint name (without "model.") → the parameter, or the part of a merged one, that it fills.
+class Target(NamedTuple):
+    """A parameter, or a part of a merged one, and the share of a checkpoint's tensor, cut in one dimension, that fills it."""
+
+    view: Tensor
+    dim: int
+    share: Share
+
+    @property
+    def shape(self) -> list[int]:
+        """Of the checkpoint's tensor."""
+        return [self.share.total if i == self.dim else size for i, size in enumerate(self.view.shape)]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        start, size, total = self.share
+        part = slice(min(start, total), min(start + size, total))
+        return tuple(part if i == self.dim else slice(None) for i in range(self.view.ndim))
+
+
+def parameter_targets(model: nn.Module) -> dict[str, Target]:
+    """Checkpoint name (without "model.") → what it fills.
 
     A parameter that two modules share (a tied head) is filled under the first one's name.
     """
-    views: dict[str, Tensor] = {}
+    targets: dict[str, Target] = {}
     for name, parameter in model.named_parameters():
         path, _, kind = name.rpartition(".")
         module = model.get_submodule(path)
-        if isinstance(module, MergedLinear):
+        if isinstance(module, ColumnParallelLinear):
             parent = path.rpartition(".")[0]
-            parts = parameter.split(list(module.parts.values()))
-            views.update(
-                (f"{parent}.{part}.{kind}", view) for part, view in zip(module.parts, parts, strict=True)
-            )
+            views = parameter.split([share.size for share in module.parts.values()])
+            for (part, share), view in zip(module.parts.items(), views, strict=True):
+                targets[f"{parent}.{part}.{kind}".removeprefix(".")] = Target(view, 0, share)
+        elif isinstance(module, RowParallelLinear) and kind == "weight":
+            targets[name] = Target(parameter, 1, module.share)
+        elif isinstance(module, ParallelEmbedding):
+            targets[name] = Target(parameter, 0, module.share)
         else:
-            views[name] = parameter
-    return views
+            targets[name] = Target(parameter, 0, Share(0, len(parameter), len(parameter)))
+    return targets
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor, Path]]:
-    """Every tensor of the checkpoint in `folder` with its name and file, memory-mapped."""
+def read_tensors(folder: Path) -> Iterator[tuple[str, Any, Path]]:
+    """Every tensor of the checkpoint in `folder`, its name, a slice of it that is not read yet, and its file."""
     for file in _files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (it is no dict)
-                    yield name, tensors.get_tensor(name), file
+                    yield name, tensors.get_slice(name), file
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{str(file)!r} is damaged or truncated: {error}") from error
 

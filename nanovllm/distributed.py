@@ -1,0 +1,83 @@
+"""Tensor parallelism (Megatron-LM, Shoeybi et al., arXiv 1909.08053): the ranks of one model as its layers see them.
+
+All ranks launch the same collectives in the same order, over NCCL or gloo. No process group of torch.distributed is made:
+there is one of those to a process, and it may be the user's.
+"""
+
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=10)  # for a rank that is slower than the others to start, or to load its weights
+
+CPU = torch.device("cpu")
+
+
+class Share(NamedTuple):
+    """A rank's part of one dimension of a tensor: `size` entries from `start` on, of `total`."""
+
+    start: int
+    size: int
+    total: int
+
+
+class Group:
+    """One of the `size` ranks, with its device. A group of one does nothing."""
+
+    def __init__(self, device: torch.device = CPU, rank: int = 0, size: int = 1):
+        self.device = device
+        self.rank = rank
+        self.size = size
+        self.backend: Any = None
+
+    def connect(self, store: dist.Store) -> None:
+        """Join the other ranks, which do the same at the same store."""
+        if self.device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = TIMEOUT
+            self.backend = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+        else:
+            self.backend = dist.ProcessGroupGloo(store, self.rank, self.size, TIMEOUT)
+
+    def share(self, count: int, unit: int = 1) -> Share:
+        """This rank's part of `count` things of `unit` entries; of fewer things than ranks, several have the same."""
+        size = max(1, count // self.size)
+        return Share(self.rank * count // self.size * unit, size * unit, count * unit)
+
+    @torch.compiler.disable
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' x, in place."""
+        if self.backend is not None:
+            self.backend.allreduce([x]).wait()
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All ranks' x [S, n] side by side on rank 0, [S, size * n]; elsewhere x itself."""
+        if self.backend is None:
+            return x
+        parts = [[torch.empty_like(x) for _ in range(self.size)]] if self.rank == 0 else []
+        self.backend.gather(parts, [x.contiguous()], dist.GatherOptions()).wait()
+        return torch.cat(parts[0], dim=1) if parts else x
+
+    def broadcast(self, x: Tensor) -> None:
+        """Overwrite x with rank 0's."""
+        if self.backend is not None:
+            self.backend.broadcast([x], dist.BroadcastOptions()).wait()
+
+    def least(self, value: int) -> int:
+        """The least of all ranks' values; waits for them."""
+        if self.backend is None:
+            return value
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
+        least = torch.tensor([value], device=self.device)
+        self.backend.allreduce([least], options).wait()
+        return int(least.item())
+
+    def abort(self) -> None:
+        """End kernels that wait for a rank which will not come. gloo sees by itself that a connection is closed."""
+        if self.backend is not None and self.device.type == "cuda":
+            self.backend.abort()

@@ -1,0 +1,219 @@
+"""The ranks above 0: processes that compute the steps which rank 0 plans, sends to them as bytes, and samples.
+
+Rank 0 starts them, or joins those that torchrun started. A rank that ends for any reason ends the model: rank 0 says which
+one it was and why. A worker whose connection to rank 0 is closed exits at once.
+"""
+
+import os
+import pickle
+import queue
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from multiprocessing.connection import Client, Connection, Listener, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nanovllm.config import Config
+from nanovllm.distributed import TIMEOUT, Group
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.packing import PackedStep
+
+CLOSE, EXIT = b"", b"exit"  # in place of a step, and of a model
+GRACE_SECONDS = 10  # for workers to say why they failed, and to exit
+
+
+class Workers:
+    """Rank 0's side of the connections to the other ranks."""
+
+    def __init__(
+        self, store: dist.Store, connections: list[Connection], processes: list[subprocess.Popen[bytes]]
+    ):
+        self.store = store
+        self.connections = connections  # of rank 1, 2 …
+        self.processes = processes  # those that rank 0 has started
+        self.group = Group()
+        self.failure = ""
+        self.has_failed = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def begin(self, config: Config) -> Group:
+        """Have every rank make this model's group and its runner."""
+        for name in "model_class", "attention_backend":
+            kind = getattr(config, name)
+            kind = kind if isinstance(kind, type) else type(kind)
+            if self.processes and kind.__module__ == "__main__":
+                raise ValueError(
+                    f"{name} must be in a module that other processes can import, got {kind!r}; or start with torchrun"
+                )
+        prefix = str(self.store.add("nanovllm", 1))
+        self.group = Group(config.device_of(0), 0, config.tensor_parallel_size)
+        with self.in_step(pickle.dumps((config, prefix))):
+            self.group.connect(dist.PrefixStore(prefix, self.store))
+        return self.group
+
+    def check(self) -> None:
+        """RuntimeError if a rank has failed, saying which one and why."""
+        if self.has_failed.is_set():
+            raise RuntimeError(self.failure)
+
+    @contextmanager
+    def in_step(self, message: bytes = b"") -> Iterator[None]:
+        """Send a message, if there is one, and then launch what the others launch: all of it, or the ranks would wait for
+        each other. Ctrl-C waits until it is done; an error ends the model, and is a worker's if one has failed."""
+        try:
+            with _interrupt_deferred():
+                for connection in self.connections if message else []:
+                    connection.send_bytes(message)
+                yield
+        except Exception as error:
+            if not isinstance(error, ValueError | TypeError):
+                self.has_failed.wait(GRACE_SECONDS)
+            if self.has_failed.is_set():
+                raise RuntimeError(self.failure) from error
+            self.failure = f"rank 0 failed in the middle of a step: {error}"
+            self.has_failed.set()
+            raise
+
+    def close(self) -> None:
+        """End the model; and the processes that rank 0 has started, within seconds."""
+        connections, self.group = self.connections, Group()
+        for connection in connections:
+            with suppress(OSError):  # where it is gone
+                connection.send_bytes(CLOSE)
+                if self.processes:
+                    connection.send_bytes(EXIT)
+        if self.processes:
+            self.has_failed.set()  # that they are gone is no news
+            for process in self.processes:
+                try:
+                    process.wait(GRACE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+    def _watch(self) -> None:
+        """Workers send nothing unless they fail."""
+        connection = wait(self.connections)[0]
+        assert isinstance(connection, Connection)
+        index = self.connections.index(connection)
+        try:
+            reason = connection.recv_bytes().decode()
+        except (EOFError, OSError):
+            reason = "it is gone"
+            if self.processes:
+                reason = f"its process ended with exit code {self.processes[index].wait()}"
+        if not self.has_failed.is_set():
+            self.failure = f"rank {index + 1} failed: {reason}"
+            self.has_failed.set()
+            self.group.abort()
+
+
+@contextmanager
+def _interrupt_deferred() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[Any] = []
+    handler = signal.signal(signal.SIGINT, lambda *signal_and_frame: received.append(signal_and_frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received and callable(handler):
+            handler(*received[0])
+
+
+def start_workers(config: Config) -> Workers:
+    """The other ranks of a model: processes on this machine, or those that torchrun started.
+
+    Does not return on torchrun's ranks above 0, which work until rank 0 is done.
+    """
+    if dist.is_torchelastic_launched():
+        return _join_torchrun(config.tensor_parallel_size)
+    size = config.tensor_parallel_size
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+    environment = {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    if config.torch_device.type == "cpu":
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // size))
+    connections, processes = [], []
+    for rank in range(1, size):
+        ours, theirs = socket.socketpair()
+        arguments = [str(number) for number in (rank, size, store.port, theirs.fileno())]
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from nanovllm.engine.workers import main; main()", *arguments],
+            env=environment | dict(os.environ) | {"PYTHONPATH": environment["PYTHONPATH"]},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for rank 0
+        )
+        theirs.close()
+        connections.append(Connection(ours.detach()))
+        processes.append(process)
+    return Workers(store, connections, processes)
+
+
+@cache
+def _join_torchrun(size: int) -> Workers:
+    """torchrun's ranks serve one LLM after the other, over the same connections."""
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if world_size != size:
+        raise ValueError(f"tensor_parallel_size must be torchrun's number of ranks, {world_size}, got {size}")
+    if rank > 0:
+        host, port, key = pickle.loads(store.get("nanovllm address"))
+        connection = Client((host, port), authkey=key)
+        connection.send(rank)
+        serve(connection, store, rank, int(os.environ["LOCAL_RANK"]), size)
+        os._exit(0)
+    host, key = os.environ["MASTER_ADDR"], secrets.token_bytes(16)
+    with Listener((host, 0), authkey=key) as listener:
+        store.set("nanovllm address", pickle.dumps((host, listener.address[1], key)))
+        accepted = [listener.accept() for _ in range(size - 1)]
+    connections = {connection.recv(): connection for connection in accepted}
+    return Workers(store, [connections[rank] for rank in range(1, size)], [])
+
+
+def serve(connection: Connection, store: dist.Store, rank: int, local_rank: int, size: int) -> None:
+    """A worker's whole life: for one model after another, steps until it is closed. Ends with the process."""
+    inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    try:
+        while (message := inbox.get()) != EXIT:
+            config, prefix = pickle.loads(message)
+            group = Group(config.device_of(local_rank), rank, size)
+            if group.device.type == "cuda":
+                torch.cuda.set_device(group.device)
+            group.connect(dist.PrefixStore(prefix, store))
+            runner = ModelRunner(config, group)
+            while (message := inbox.get()) != CLOSE:
+                runner.run(PackedStep.from_bytes(message))
+            del runner, group
+    except BaseException as error:
+        reason = "".join(traceback.format_exception_only(error)) + traceback.format_exc()
+        connection.send_bytes(reason.encode())
+        os._exit(1)
+
+
+def _receive(connection: Connection, inbox: "queue.SimpleQueue[bytes]") -> None:
+    """In a thread of its own, so that a worker which waits for its device, or another rank, sees that rank 0 is gone."""
+    try:
+        while True:
+            inbox.put(connection.recv_bytes())
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def main() -> None:
+    """What rank 0 starts."""
+    rank, size, port, fileno = map(int, sys.argv[1:])
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
+    serve(Connection(fileno), store, rank, rank, size)

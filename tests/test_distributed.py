@@ -1,0 +1,240 @@
+"""Tensor parallelism over processes on the CPU (gloo): the tokens of one rank, and an end without orphans for every failure."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from parallel_models import FailsAtStart, FailsInTheMiddle
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.distributed import Group
+from nanovllm.layers.embedding import vocabulary_share
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers are joined by socket pairs")
+
+SHARED = [(5 * i + 3) % 128 for i in range(40)]
+PROMPTS = [SHARED[:n] + [(11 * i + n) % 128 for i in range(m)] for n in (0, 7, 40) for m in (1, 22)] * 2
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+    SamplingParams(temperature=0.8, seed=3, max_tokens=20, ignore_eos=True, top_k=20, top_p=0.9),
+    SamplingParams(temperature=1, seed=4, max_tokens=9, logprobs=2, prompt_logprobs=1, n=2),
+    SamplingParams(temperature=0, max_tokens=30, repetition_penalty=1.3, logit_bias={3: 1.0}),
+]
+PREEMPTS = {"kvcache_block_size": 4, "num_kvcache_blocks": 34, "max_num_batched_tokens": 13}
+SCRIPT = """
+import json, sys
+import psutil
+from nanovllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], tensor_parallel_size=2, device="cpu", max_model_len=128, num_kvcache_blocks=40, use_tqdm=False)
+print(json.dumps([child.pid for child in psutil.Process().children()]), flush=True)
+def generate(max_tokens):
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    return [o.outputs[0].token_ids for o in llm.generate([[1, 2, 3], [4]], params, use_tqdm=False)]
+try:
+    while len(sys.argv) > 2:
+        generate(100)
+except KeyboardInterrupt:
+    pass
+print(json.dumps(generate(5)), flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    yield
+    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=20)
+    assert [process.cmdline() for process in alive] == []
+
+
+def new_llm(folder: Path, size: int, **options) -> LLM:
+    defaults = {"max_model_len": 128, "num_kvcache_blocks": 100, "use_tqdm": False, "device": "cpu"}
+    return LLM(str(folder), tensor_parallel_size=size, **defaults | options)
+
+
+def workers_of(llm: LLM) -> list[psutil.Process]:
+    return [psutil.Process(process.pid) for process in llm.engine.workers.processes]
+
+
+def run_all(llm: LLM) -> list:
+    """Tokens and log-probabilities of everything that can be asked, and what the prefix cache found."""
+    params = [PARAMS[i % len(PARAMS)] for i in range(len(PROMPTS))]
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    found = [[completion.token_ids for completion in output.outputs] for output in outputs]
+    tables = [t for output in outputs for t in output.prompt_logprobs or [] if t]
+    tables += [t for o in outputs for completion in o.outputs for t in completion.logprobs or []]
+    logprobs = [candidate.logprob for table in tables for candidate in table.values()]
+    streamed: dict[int, list[int]] = {}
+    for new in llm.stream(PROMPTS[:3], PARAMS[1]):
+        streamed.setdefault(new.prompt_index, []).extend(new.token_ids)
+    left = llm.add_request(PROMPTS[4], PARAMS[0])
+    kept = llm.add_request(PROMPTS[5], PARAMS[0])
+    llm.step()
+    llm.abort(left)
+    stepped = []
+    while not llm.is_finished():
+        stepped += llm.step()[0]
+    assert [request_id for request_id, _ in stepped] == [kept]
+    hits = llm.stats()["prefix_cache_hits"]
+    llm.reset_prefix_cache()
+    again = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[:2], PARAMS[0], use_tqdm=False)]
+    assert llm.stats()["kv_cache_usage"] == 0
+    return [found, streamed, stepped[0][1], again, hits, llm.stats()["num_preemptions"], logprobs]
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "changes", "options"),
+    [
+        ("qwen3", 2, {}, PREEMPTS),
+        (
+            "llama",
+            4,
+            {"vocab_size": 129},
+            {},
+        ),  # 2 key-value heads, each on two ranks; a vocabulary that 4 does not divide
+        ("qwen2", 2, {"num_key_value_heads": 4, "tie_word_embeddings": True}, {"async_scheduling": False}),
+        pytest.param("qwen3", 4, {}, PREEMPTS, marks=pytest.mark.slow),
+        pytest.param(
+            "llama", 2, {"attention_bias": True, "mlp_bias": True}, PREEMPTS, marks=pytest.mark.slow
+        ),
+        pytest.param("qwen2", 4, {}, PREEMPTS, marks=pytest.mark.slow),
+    ],
+)
+def test_the_tokens_of_one_rank(family, size, changes, options, tiny_model):
+    folder = tiny_model(family, **changes)
+    with new_llm(folder, 1, **options) as llm:
+        *expected, expected_logprobs = run_all(llm)
+    with new_llm(folder, size, **options) as llm:
+        processes = workers_of(llm)
+        *found, logprobs = run_all(llm)
+    assert len(processes) == size - 1
+    assert not any(process.is_running() for process in processes), "closing an LLM ends its workers"
+    assert found == expected
+    assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
+    assert bool(found[-1]) == (options is PREEMPTS)
+
+
+def test_an_error_of_a_request_leaves_the_ranks_in_step(tiny_model):
+    def refuse(token_ids, logits):
+        if len(token_ids) == 3:
+            raise RuntimeError("a processor that fails")
+        return logits
+
+    with new_llm(tiny_model("qwen3"), 2) as llm:
+        (expected,) = llm.generate([[1, 2]], PARAMS[0], use_tqdm=False)
+        with pytest.raises(RuntimeError, match="a processor that fails"):
+            llm.generate([[3]], SamplingParams(max_tokens=9, logits_processors=[refuse]), use_tqdm=False)
+        (output,) = llm.generate([[1, 2]], PARAMS[0], use_tqdm=False)
+        assert output["token_ids"] == expected["token_ids"]
+
+
+def test_a_worker_that_is_killed_ends_the_call(tiny_model):
+    llm = new_llm(tiny_model("qwen3"), 2)
+    (worker,) = workers_of(llm)
+    increments = llm.stream([[1, 2]], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+    next(increments)
+    worker.kill()
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1 failed: its process ended with exit code -9"):
+        list(increments)
+    assert time.monotonic() - start < 15
+    with pytest.raises(RuntimeError, match="this LLM is closed"):
+        llm.generate([[1]], use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "message"),
+    [(FailsAtStart, "no room for this rank's weights"), (FailsInTheMiddle, "no room for this step")],
+)
+def test_an_exception_of_a_worker_is_reported(model_class, message, tiny_model):
+    with pytest.raises(RuntimeError, match=f"(?s)rank 1 failed: MemoryError: {message}"):  # noqa: PT012
+        llm = new_llm(tiny_model("qwen3"), 2, model_class=model_class)
+        llm.generate([[1, 2]], PARAMS[0], use_tqdm=False)
+
+
+def start_script(folder: Path, *arguments: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """A script without a main guard, and its workers, once its LLM is there."""
+    command = [sys.executable, "-c", SCRIPT, str(folder), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    workers = [psutil.Process(pid) for pid in json.loads(process.stdout.readline())]
+    assert len(workers) == 1
+    return process, workers
+
+
+def test_two_engines_beside_each_other_and_a_normal_exit(tiny_model):
+    started = [start_script(tiny_model("qwen3")) for _ in range(2)]
+    outputs = [json.loads(process.communicate(timeout=60)[0]) for process, _ in started]
+    assert outputs[0] == outputs[1]
+    assert [process.returncode for process, _ in started] == [0, 0]
+    assert psutil.wait_procs([worker for _, workers in started for worker in workers], timeout=20)[1] == []
+
+
+def test_rank_0_is_killed(tiny_model):
+    process, workers = start_script(tiny_model("qwen3"), "endless")
+    process.kill()
+    process.communicate()
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
+def test_ctrl_c_leaves_an_engine_that_works(tiny_model):
+    process, workers = start_script(tiny_model("qwen3"), "endless")
+    os.killpg(process.pid, signal.SIGINT)
+    output = json.loads(process.communicate(timeout=60)[0])
+    assert [len(token_ids) for token_ids in output] == [5, 5]
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
+def test_torchrun(tiny_model, tmp_path):
+    folder = tiny_model("qwen3")
+    script = tmp_path / "script.py"
+    script.write_text(
+        SCRIPT.replace(
+            "llm = LLM", "LLM(sys.argv[1], tensor_parallel_size=2, device='cpu').close()\nllm = LLM"
+        )
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    result = subprocess.run(
+        [*torchrun, str(script), str(folder)], capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    with new_llm(folder, 1) as llm:
+        params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+        expected = [o["token_ids"] for o in llm.generate([[1, 2, 3], [4]], params, use_tqdm=False)]
+    assert [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[[")] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [({}, 3), ({"num_attention_heads": 6, "num_key_value_heads": 3}, 2), ({"intermediate_size": 50}, 4)],
+)
+def test_sizes_that_cannot_be_cut_are_named(changes, size, tiny_model):
+    with pytest.raises(
+        ValueError, match=rf"tensor_parallel_size must divide .* got {size} for \d+ attention heads, \d+ key"
+    ):
+        new_llm(tiny_model("qwen3", **changes), size)
+
+
+def test_a_class_that_workers_cannot_import_is_refused(tiny_model, monkeypatch):
+    monkeypatch.setattr(FailsAtStart, "__module__", "__main__")
+    with pytest.raises(ValueError, match="model_class must be in a module that other processes can import"):
+        new_llm(tiny_model("qwen3"), 2, model_class=FailsAtStart)
+
+
+@given(st.integers(1, 8), st.integers(1, 64), st.integers(1, 9))
+def test_shares_cover_everything_once_or_are_replicas(size, count, unit):
+    shares = [Group(rank=rank, size=size).share(count, unit) for rank in range(size)]
+    if count % size == 0:
+        assert [i for s in shares for i in range(s.start, s.start + s.size)] == list(range(count * unit))
+    elif size % count == 0:
+        assert [s.start for s in shares] == [rank * count // size * unit for rank in range(size)]
+        assert {s.start for s in shares} == set(range(0, count * unit, unit))
+    tokens = [vocabulary_share(count, Group(rank=rank, size=size)) for rank in range(size)]
+    assert [i for s in tokens for i in range(s.start, s.start + s.size)][:count] == list(range(count))
+    assert len({s.size for s in tokens}) == 1
