@@ -3,6 +3,7 @@
     python bench.py                                       # GPU: classic; CPU: 16 requests to the demo model
     python bench.py --workload classic single --passes 4
     python bench.py --workload long --shape qwen3-8b --plot run.png
+    python bench.py --shape qwen3-32b --tensor-parallel-size 2    # or torchrun --nproc-per-node 2 bench.py …
     python bench.py --sampling '{"top_p": 0.9, "top_k": 50}'
     python bench.py --num-seqs 1 --input-len 32 32 --output-len 128 128 --baseline hf
 
@@ -15,6 +16,7 @@ It prints tables for people and, last, one line of JSON.
 import argparse
 import importlib
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -289,7 +291,7 @@ def run_workload(
     report |= {"prompt_tokens": sum(prompt_lens), "output_tokens": sum(output_lens), "passes": passes}
     if ceilings:
         work = least_work(llm.engine.model_config, prompt_lens, output_lens, workload.shared_prefix)
-        limit = report["limit_seconds"] = ceilings.limit_seconds(work)
+        limit = report["limit_seconds"] = ceilings.limit_seconds(work) / llm.config.tensor_parallel_size
         passes["share_of_limit"] = [limit / s for s in seconds]
         passes["gpu_busy_share"] = [busy / s for busy, s in zip(busy_seconds, seconds, strict=True)]
     later = sorted(range(1, num_passes) or [0], key=lambda i: seconds[i])
@@ -398,6 +400,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     options.add_argument("--max-num-seqs", type=int, default=absent)
     options.add_argument("--max-model-len", type=int, default=absent)
     options.add_argument("--gpu-memory-utilization", type=float, default=absent)
+    options.add_argument("--tensor-parallel-size", type=int, default=absent)
     options.add_argument("--kvcache-block-size", type=int, default=absent)
     options.add_argument("--attention-backend", default=absent)
     options.add_argument("--enforce-eager", action="store_true")
@@ -450,7 +453,10 @@ def main(argv: list[str] | None = None) -> None:
     traces = {}
     with tempfile.TemporaryDirectory() as scratch:
         model, load_format = find_model(args, on_gpu, Path(scratch))
-        ceilings = measure_ceilings(device) if on_gpu else None
+        is_first = (
+            os.environ.get("RANK", "0") == "0"
+        )  # of torchrun's ranks, where the others never return from LLM()
+        ceilings = measure_ceilings(device) if on_gpu and is_first else None
         options: dict[str, Any] = needed | given(args, Config) | {"model": model, "load_format": load_format}
         start = time.perf_counter()
         llm = LLM(**options)

@@ -25,7 +25,7 @@ class Share(NamedTuple):
 
 
 class Group:
-    """One of the `size` ranks, with its device. A group of one does nothing."""
+    """One of the `size` ranks, with its device. Until it is connected, as one rank alone need not be, it does nothing."""
 
     def __init__(self, device: torch.device = CPU, rank: int = 0, size: int = 1):
         self.device = device
@@ -47,16 +47,19 @@ class Group:
         size = max(1, count // self.size)
         return Share(self.rank * count // self.size * unit, size * unit, count * unit)
 
+    @property
+    def is_connected(self) -> bool:
+        return self.backend is not None
+
     @torch.compiler.disable
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x, in place."""
-        if self.backend is not None:
-            self.backend.allreduce([x]).wait()
+        self.backend.allreduce([x]).wait()
         return x
 
     def gather(self, x: Tensor) -> Tensor:
         """All ranks' x [S, n] side by side on rank 0, [S, size * n]; elsewhere x itself."""
-        if self.backend is None:
+        if not self.is_connected:
             return x
         parts = [[torch.empty_like(x) for _ in range(self.size)]] if self.rank == 0 else []
         self.backend.gather(parts, [x.contiguous()], dist.GatherOptions()).wait()
@@ -64,12 +67,12 @@ class Group:
 
     def broadcast(self, x: Tensor) -> None:
         """Overwrite x with rank 0's."""
-        if self.backend is not None:
+        if self.is_connected:
             self.backend.broadcast([x], dist.BroadcastOptions()).wait()
 
     def least(self, value: int) -> int:
         """The least of all ranks' values; waits for them."""
-        if self.backend is None:
+        if not self.is_connected:
             return value
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
@@ -79,5 +82,5 @@ class Group:
 
     def abort(self) -> None:
         """End kernels that wait for a rank which will not come. gloo sees by itself that a connection is closed."""
-        if self.backend is not None and self.device.type == "cuda":
+        if self.is_connected and self.device.type == "cuda":
             self.backend.abort()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from parallel_models import FailsAtStart, FailsInTheMiddle
@@ -121,6 +123,56 @@ def test_the_tokens_of_one_rank(family, size, changes, options, tiny_model):
     assert bool(found[-1]) == (options is PREEMPTS)
 
 
+needs_two = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param("qwen3", marks=needs_two), pytest.param("llama", marks=needs_two)]
+)
+@pytest.mark.parametrize(
+    "options", [PREEMPTS, {}, {"enforce_eager": True}], ids=["preempts", "graphs", "eager"]
+)
+def test_gpus_give_the_tokens_of_one(family, options, tiny_model):
+    found = []
+    for size in (1, 2):
+        with new_llm(tiny_model(family), size, device="cuda", max_num_seqs=8, **options) as llm:
+            found.append(run_all(llm))
+    *expected, expected_logprobs = found[0]
+    *tokens, logprobs = found[1]
+    assert tokens == expected
+    assert logprobs == pytest.approx(expected_logprobs, abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}], ids=["graphs", "eager"])
+def test_a_world_of_one_goes_through_nccl(options, tiny_model, monkeypatch):
+    """Its all-reduces and gathers are in the graphs."""
+
+    def connected(device):
+        group = Group(torch.device("cuda", 0))
+        group.connect(dist.HashStore())
+        groups.append(group)
+        return group
+
+    groups: list[Group] = []
+    found = []
+    for _ in range(2):
+        with new_llm(tiny_model("qwen3"), 1, device="cuda", max_num_seqs=8, **options) as llm:
+            assert llm.engine.runner.group.is_connected == bool(groups)
+            assert bool(llm.engine.runner.graphs) == (not options)
+            found.append(run_all(llm))
+        monkeypatch.setattr("nanovllm.engine.llm_engine.Group", connected)
+    *expected, expected_logprobs = found[0]
+    *tokens, logprobs = found[1]
+    assert tokens == expected
+    assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
+    groups[0].abort()
+
+
 def test_an_error_of_a_request_leaves_the_ranks_in_step(tiny_model):
     def refuse(token_ids, logits):
         if len(token_ids) == 3:
@@ -135,8 +187,9 @@ def test_an_error_of_a_request_leaves_the_ranks_in_step(tiny_model):
         assert output["token_ids"] == expected["token_ids"]
 
 
-def test_a_worker_that_is_killed_ends_the_call(tiny_model):
-    llm = new_llm(tiny_model("qwen3"), 2)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_two)])
+def test_a_worker_that_is_killed_ends_the_call(device, tiny_model):
+    llm = new_llm(tiny_model("qwen3"), 2, device=device, max_num_seqs=8)
     (worker,) = workers_of(llm)
     increments = llm.stream([[1, 2]], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
     next(increments)
@@ -199,7 +252,7 @@ def test_torchrun(tiny_model, tmp_path):
             "llm = LLM", "LLM(sys.argv[1], tensor_parallel_size=2, device='cpu').close()\nllm = LLM"
         )
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     result = subprocess.run(
         [*torchrun, str(script), str(folder)], capture_output=True, text=True, timeout=200
     )

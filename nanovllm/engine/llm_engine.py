@@ -49,12 +49,9 @@ class LLMEngine:
         self.runner: ModelRunner | None = None
         try:
             with _on(config.device_of(0)), no_full_collections():
-                if self.workers is None:
-                    self.runner = ModelRunner(config, Group(config.torch_device))
-                else:
-                    group = self.workers.begin(config)
-                    with self.workers.in_step():
-                        self.runner = ModelRunner(config, group)
+                group = self.workers.begin(config) if self.workers else Group(config.torch_device)
+                with self.workers.in_step() if self.workers else nullcontext():
+                    self.runner = ModelRunner(config, self.folder, self.model_config, group)
         except BaseException:
             self.close()
             raise

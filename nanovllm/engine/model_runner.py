@@ -135,12 +135,11 @@ class ModelRunner:
     """Runs steps of one model on one device, its share of it if there are several. `num_blocks` is the size of the KV
     pool that it made."""
 
-    def __init__(self, config: Config, group: Group):
+    def __init__(self, config: Config, folder: Path, model_config: ModelConfig, group: Group):
         self.group = group
         self.device = group.device
-        self.folder, self.model_config = folder, model_config = find_model(config)
-        self.max_len = max_len = min(config.max_model_len, model_config.max_len)
-        model_config.check_ranks(group.size)
+        self.model_config = model_config
+        max_len = min(config.max_model_len, model_config.max_len)
         num_heads = group.share(model_config.num_heads).size
         self.num_kv_heads = group.share(model_config.num_kv_heads).size
         self.backend = attention.select(

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from nanovllm.config import Config
 from nanovllm.distributed import TIMEOUT, Group
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.model_runner import ModelRunner, find_model
 from nanovllm.engine.packing import PackedStep
 
 CLOSE, EXIT = b"", b"exit"  # in place of a step, and of a model
@@ -193,7 +193,7 @@ def serve(connection: Connection, store: dist.Store, rank: int, local_rank: int,
             if group.device.type == "cuda":
                 torch.cuda.set_device(group.device)
             group.connect(dist.PrefixStore(prefix, store))
-            runner = ModelRunner(config, group)
+            runner = ModelRunner(config, *find_model(config), group)
             while (message := inbox.get()) != CLOSE:
                 runner.run(PackedStep.from_bytes(message))
             del runner, group

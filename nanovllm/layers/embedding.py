@@ -26,7 +26,7 @@ class ParallelEmbedding(nn.Module):
         )
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        if self.group.size == 1:
+        if not self.group.is_connected:
             return F.embedding(token_ids, self.weight)  # [T, hidden]
         token_ids = token_ids - self.share.start
         is_other = (token_ids < 0) | (token_ids >= self.share.size)

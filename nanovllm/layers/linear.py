@@ -59,6 +59,6 @@ class RowParallelLinear(Linear):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.group.size == 1:
+        if not self.group.is_connected:
             return super().forward(x)
         return self.group.all_reduce(self.product(x, self.bias if self.group.rank == 0 else None))
