@@ -39,6 +39,7 @@ class Group:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = TIMEOUT
             self.backend = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+            self.backend.eager_connect_single_device(self.device)
         else:
             self.backend = dist.ProcessGroupGloo(store, self.rank, self.size, TIMEOUT)
 
