@@ -110,15 +110,18 @@ def count_rows(files: list[Path], read: Read) -> dict[str, int]:
 def choose_pool(actors: int | None, tensor_parallel_size: int) -> Row:
     """How many engines, and what Ray sets aside for each. Cores it does not: reading and writing need some."""
     gpus = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
-    if not any(gpus) and tensor_parallel_size == 1:
-        return {"num_cpus": 0, "compute": ray.data.ActorPoolStrategy(size=actors or 1)}
-    room = sum(num // tensor_parallel_size for num in gpus)
+    num_gpus = 0 if tensor_parallel_size == 1 and not any(gpus) else tensor_parallel_size
+    room = sum(num // num_gpus for num in gpus) if num_gpus else actors or 1
     if room < (actors or 1):
         raise ValueError(
             f"--actors {actors or 1} with --tensor-parallel-size {tensor_parallel_size} do not fit: "
             f"Ray's machines have {gpus} GPUs"
         )
-    return {"num_gpus": tensor_parallel_size, "compute": ray.data.ActorPoolStrategy(size=actors or room)}
+    return {
+        "num_cpus": 0,
+        "num_gpus": num_gpus,
+        "compute": ray.data.ActorPoolStrategy(size=actors or room),
+    }
 
 
 class Answerer:
@@ -189,8 +192,10 @@ def main(argv: list[str] | None = None) -> None:
     added = ["row_id", args.answer_column, "finish_reason", "error"]
     read = partial(read_rows, root=args.input, prompt=args.prompt_column, added=added)
     try:  # what can be said before anything starts
+        if len({*added, args.prompt_column}) <= len(added):
+            raise ValueError(f"columns must have names of their own: {[args.prompt_column, *added]}")
         for folder in args.output, unfinished:
-            if folder.exists():
+            if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
                 raise ValueError(f"{folder} is there already")
         files = find_files(args.input)
         if next(itertools.chain.from_iterable(map(read, files)), None) is None:

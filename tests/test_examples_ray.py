@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -138,6 +139,14 @@ def test_an_output_that_exists_is_left_alone(name, refused, tmp_path):
     assert (tmp_path / "elsewhere" / name).read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["out", "out.partial"])
+def test_an_output_that_has_files_is_left_alone(name, refused, tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    file = write_jsonl(tmp_path / "elsewhere" / name / "a.jsonl", [{"a": 1}])
+    assert f"{name} is there already" in refused(output=tmp_path / "elsewhere" / "out")
+    assert file.read_text() == '{"a": 1}\n'
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -149,6 +158,8 @@ def test_an_output_that_exists_is_left_alone(name, refused, tmp_path):
         (["--llm-options", "{"], "--llm-options"),
         (["--llm-options", '{"dtipe": "float32"}'], "did you mean 'dtype'"),
         (["--llm-options", "5"], "not a mapping"),
+        (["--answer-column", "error"], "columns must have names of their own"),
+        (["--answer-column", "prompt"], "columns must have names of their own"),
     ],
 )
 def test_a_bad_option_is_named(options, message, refused, tmp_path):
@@ -160,6 +171,37 @@ def test_the_demo_model_is_asked_for(ray_batch, monkeypatch, tmp_path):
     monkeypatch.setattr(ray_batch, "DEMO_MODEL", tmp_path / "none")
     with pytest.raises(SystemExit, match="make demo"):
         ray_batch.main(["--input", "in.jsonl", "--output", "out"])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "actors", "tensor_parallel_size", "expected"),
+    [
+        ([0, 0], None, 1, (1, 0)),
+        ([0], 3, 1, (3, 0)),
+        ([8, 0, 4], None, 1, (12, 1)),
+        ([8, 3], None, 4, (2, 4)),
+        ([8, 3], 1, 2, (1, 2)),
+        (
+            [8, 3],
+            3,
+            4,
+            "--actors 3 with --tensor-parallel-size 4 do not fit: Ray's machines have [8, 3] GPUs",
+        ),
+        ([2, 2], None, 4, "do not fit"),  # a group of GPUs is in one machine
+        ([0], None, 2, "do not fit"),
+    ],
+)
+def test_the_pool_fits_the_gpus(gpus, actors, tensor_parallel_size, expected, ray_batch, monkeypatch):
+    nodes = [{"Alive": True, "Resources": {"CPU": 4.0} | ({"GPU": float(n)} if n else {})} for n in gpus]
+    nodes.append({"Alive": False, "Resources": {"GPU": 8.0}})
+    monkeypatch.setattr(ray_batch.ray, "nodes", lambda: nodes)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            ray_batch.choose_pool(actors, tensor_parallel_size)
+    else:
+        pool = ray_batch.choose_pool(actors, tensor_parallel_size)
+        assert (pool["compute"].min_size, pool["num_gpus"]) == expected
+        assert pool["compute"].max_size == expected[0]
 
 
 # rows
