@@ -15,7 +15,7 @@ demo: $(MODEL)/config.json
 test: $(MODEL)/config.json
 	$(IN_VENV) -m pytest -m "not slow" $(IN_PARALLEL)
 
-test-all: $(MODEL)/config.json .venv/eval-installed
+test-all: $(MODEL)/config.json .venv/eval-installed .venv/ray-installed
 	$(IN_VENV) -m pytest $(IN_PARALLEL)
 
 lint: .venv/installed
@@ -31,6 +31,10 @@ lint: .venv/installed
 
 .venv/eval-installed: .venv/installed
 	$(IN_VENV) -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[eval]"
+	touch $@
+
+.venv/ray-installed: .venv/installed
+	$(IN_VENV) -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[ray]"
 	touch $@
 
 $(MODEL)/config.json: .venv/installed
