@@ -1,31 +1,56 @@
-"""Checks of what users pass in: every error names the parameter, the value and what is allowed."""
+"""Checks of what users pass in: every error names the parameter, the value and what is allowed.
+
+A check returns the value as it is to be kept: numbers as Python's own, lists as tuples, which their owner cannot change.
+"""
 
 import ctypes
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import fields
 from numbers import Integral, Real
+from types import UnionType
 from typing import Any
 
 
-def check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+def check_fields(options: Any) -> None:
+    """Check a frozen dataclass whose fields say what they take, and keep what the checks return.
+
+    A field with a plain type takes its instances, and one with `Annotated[type, check, *limits]` what
+    `check(name, value, *limits)` does not refuse; each takes its default as well.
+    """
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if value is f.default:
+            continue
+        if isinstance(f.type, type | UnionType):
+            check_type(f.name, value, f.type)
+        else:
+            check, *limits = f.type.__metadata__  # type: ignore[union-attr]
+            also = {"also": " or None"} if f.default is None else {}
+            object.__setattr__(options, f.name, check(f.name, value, *limits, **also))
 
 
-def check_int(name: str, value: Any, minimum: int, maximum: int | None = None, also: str = "") -> None:
-    """Raise unless `value` is an integer in [minimum, maximum]; `also` says which other values the caller takes."""
+def check_type(name: str, value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {getattr(kind, '__name__', kind)}, got {value!r}")
+    return value
+
+
+def check_int(name: str, value: Any, minimum: int, maximum: float = math.inf, also: str = "") -> int:
+    """An integer in [minimum, maximum]; `also` says which other values the caller takes."""
     is_integer = isinstance(value, Integral) and not isinstance(value, bool)
     if not is_integer:
         raise TypeError(f"{name} must be an integer{also}, got {value!r}")
-    if value < minimum or (maximum is not None and value > maximum):
-        allowed = f"at least {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
+    if not minimum <= value <= maximum:
+        allowed = f"at least {minimum}" if maximum == math.inf else f"in [{minimum}, {maximum}]"
         raise ValueError(f"{name} must be {allowed}{also}, got {value!r}")
+    return int(value)
 
 
 def check_float(
     name: str, value: Any, minimum: float, maximum: float = math.inf, open_minimum: bool = False
-) -> None:
-    """Raise unless `value` is a finite number in [minimum, maximum], or (minimum, maximum] if `open_minimum`."""
+) -> float:
+    """A finite number in [minimum, maximum], or in (minimum, maximum] if `open_minimum`."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number:
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -33,30 +58,26 @@ def check_float(
         single = ctypes.c_float(float(value)).value  # what the device will see
     except OverflowError:
         single = math.inf
-    too_low = single <= minimum if open_minimum else value < minimum
-    if not math.isfinite(single) or too_low or value > maximum:
+    is_above = single > minimum if open_minimum else value >= minimum
+    if not (is_above and value <= maximum and single < math.inf):
         bracket = "(" if open_minimum else "["
         upper = "infinity)" if maximum == math.inf else f"{maximum}]"
         raise ValueError(f"{name} must be in {bracket}{minimum}, {upper}, got {value!r}")
+    return float(value)
 
 
-def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+def check_positive(name: str, value: Any, maximum: float = math.inf) -> float:
+    return check_float(name, value, 0.0, maximum, open_minimum=True)
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+    return value
 
 
-def check_list(name: str, value: Any, kind: str) -> tuple[Any, ...]:
-    """The entries of a list of `kind`: "token ids", "non-empty texts" or "functions"."""
+def check_list(name: str, value: Any, check: Any, *limits: Any, also: str = "") -> tuple[Any, ...]:
+    """A list whose entries `check` takes."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise TypeError(f"{name} must be a list of {kind} or None, got {value!r}")
-    for i, entry in enumerate(value):
-        if kind == "token ids":
-            check_int(f"{name}[{i}]", entry, 0)
-        elif kind == "functions":
-            if not callable(entry):
-                raise TypeError(f"{name}[{i}] must be a function, got {entry!r}")
-        elif not isinstance(entry, str):
-            raise TypeError(f"{name}[{i}] must be a text, got {entry!r}")
-        elif not entry:
-            raise ValueError(f"{name}[{i}] must be a non-empty text, got {entry!r}")
-    return tuple(map(int, value)) if kind == "token ids" else tuple(value)
+        raise TypeError(f"{name} must be a list{also}, got {value!r}")
+    return tuple(check(f"{name}[{i}]", entry, *limits) for i, entry in enumerate(value))

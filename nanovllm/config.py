@@ -9,16 +9,30 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
-from nanovllm.checks import check_bool, check_choice, check_float, check_int
+from nanovllm.checks import check_choice, check_fields, check_int, check_positive
 
 ATTENTION_BACKENDS = ("auto", "reference", "triton", "flash-attn")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPE_CHOICES = ("auto", *DTYPES, *DTYPES.values())
+
+
+def check_backend(name: str, value: Any) -> Any:
+    """One of `ATTENTION_BACKENDS`, or an object of one's own that can attend."""
+    is_own = callable(getattr(value, "attend", None)) and not isinstance(value, type)
+    return value if is_own else check_choice(name, value, ATTENTION_BACKENDS)
+
+
+def check_only(name: str, value: Any, only: int, reason: str) -> Any:
+    """An option that others know, of which only one value is supported."""
+    if value != only or isinstance(value, bool) != isinstance(only, bool):
+        raise ValueError(f"{name} must be {only}, got {value!r}: {reason}")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,28 +65,28 @@ class Config:
         enable_chunked_prefill: only True: every prompt may be cut into chunks.
     """
 
-    model: str | PathLike[str]
+    model: str | PathLike
     enforce_eager: bool = False
-    max_model_len: int = 4096
-    max_num_seqs: int = 512
-    max_num_batched_tokens: int = 16384
-    gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int = 1
-    kvcache_block_size: int | None = None
-    num_kvcache_blocks: int = -1
+    max_model_len: Annotated[int, check_int, 1] = 4096
+    max_num_seqs: Annotated[int, check_int, 1] = 512
+    max_num_batched_tokens: Annotated[int, check_int, 1] = 16384
+    gpu_memory_utilization: Annotated[float, check_positive, 1.0] = 0.9
+    tensor_parallel_size: Annotated[int, check_int, 1] = 1
+    kvcache_block_size: Annotated[int | None, check_int, 1] = None
+    num_kvcache_blocks: Annotated[int, check_int, -1] = -1
     device: str | torch.device = "auto"
-    dtype: str | torch.dtype = "auto"
-    attention_backend: Any = "auto"
+    dtype: Annotated[str | torch.dtype, check_choice, DTYPE_CHOICES] = "auto"
+    attention_backend: Annotated[Any, check_backend] = "auto"
     model_class: type | None = None
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
-    load_format: str = "auto"
-    seed: int | None = None
-    tokenizer: str | PathLike[str] | None = None
+    load_format: Annotated[str, check_choice, ("auto", "dummy")] = "auto"
+    seed: Annotated[int | None, check_int, -(2**63), 2**63 - 1] = None
+    tokenizer: str | PathLike | None = None
     revision: str | None = None
     use_tqdm: bool = True
-    trust_remote_code: bool = False
-    enable_chunked_prefill: bool = True
+    trust_remote_code: Annotated[bool, check_only, False, "code from a checkpoint is never run"] = False
+    enable_chunked_prefill: Annotated[bool, check_only, True, "every prompt may be cut into chunks"] = True
 
     @classmethod
     def from_options(cls, model: str | PathLike[str], options: dict[str, Any]) -> "Config":
@@ -86,47 +100,12 @@ class Config:
         return cls(model=model, **options)
 
     def __post_init__(self) -> None:
-        for name in ("model", "tokenizer"):
-            value = getattr(self, name)
-            if not isinstance(value, str | PathLike) and not (name == "tokenizer" and value is None):
-                raise TypeError(f"{name} must be a folder or a Hub id, got {value!r}")
-            if value == "":
-                raise ValueError(f"{name} must be a folder or a Hub id, got an empty string")
-        for f in fields(self):
-            if f.type is bool:
-                check_bool(f.name, getattr(self, f.name))
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
-            check_int(name, getattr(self, name), 1)
-        if self.kvcache_block_size is not None:
-            check_int("kvcache_block_size", self.kvcache_block_size, 1, also=" or None")
-        check_int("num_kvcache_blocks", self.num_kvcache_blocks, -1)
+        check_fields(self)
+        for name in "model", "tokenizer":
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} must be a folder or a Hub id, got ''")
         if self.num_kvcache_blocks in (0, 1):
             raise ValueError(f"num_kvcache_blocks must be -1 or at least 2, got {self.num_kvcache_blocks}")
-        check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_minimum=True)
-        check_int("tensor_parallel_size", self.tensor_parallel_size, 1)
-        if not isinstance(self.dtype, torch.dtype):
-            check_choice("dtype", self.dtype, ("auto", *DTYPES))
-        elif self.dtype not in DTYPES.values():
-            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}; got {self.dtype}")
-        is_own = callable(getattr(self.attention_backend, "attend", None))
-        if not is_own or isinstance(self.attention_backend, type):
-            check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
-        if not isinstance(self.model_class, type | None):
-            raise TypeError(f"model_class must be a class or None, got {self.model_class!r}")
-        check_choice("load_format", self.load_format, ("auto", "dummy"))
-        if self.seed is not None:
-            check_int("seed", self.seed, -(2**63), 2**63 - 1, also=" or None")
-        if self.revision is not None and not isinstance(self.revision, str):
-            raise TypeError(f"revision must be a string or None, got {self.revision!r}")
-        if self.trust_remote_code:
-            raise ValueError(
-                "trust_remote_code must be False, got True: code that comes with a checkpoint is never run"
-            )
-        if not self.enable_chunked_prefill:
-            raise ValueError(
-                "enable_chunked_prefill must be True, got False: a prompt that does not fit into what is left of a step's "
-                "max_num_batched_tokens is always cut"
-            )
         self._check_devices()
 
     def _check_devices(self) -> None:

@@ -2,11 +2,29 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from nanovllm.checks import check_bool, check_float, check_int, check_list
+from nanovllm.checks import check_fields, check_float, check_int, check_list, check_positive, check_type
 
 LogitsProcessor = Callable[..., Any]
+
+
+def check_text(name: str, value: Any) -> str:
+    check_type(name, value, str)
+    if not value:
+        raise ValueError(f"{name} must be a non-empty text, got {value!r}")
+    return value
+
+
+def check_biases(name: str, value: Any, also: str = "") -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict{also}, got {value!r}")
+    return {
+        check_int(f"{name}, its token ids,", token_id, 0): check_float(
+            f"{name}[{token_id}]", bias, -100.0, 100.0
+        )
+        for token_id, bias in value.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,64 +65,34 @@ class SamplingParams:
         TypeError, ValueError: on a value outside of what is said above.
     """
 
-    temperature: float = 1.0
-    max_tokens: int = 64
+    temperature: Annotated[float, check_float, 0.0] = 1.0
+    max_tokens: Annotated[int, check_int, 1] = 64
     ignore_eos: bool = False
     _: KW_ONLY
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    min_tokens: int = 0
-    stop_token_ids: Sequence[int] | None = None
-    logprobs: int | None = None
-    n: int = 1
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    allowed_token_ids: Sequence[int] | None = None
-    stop: str | Sequence[str] | None = None
+    top_k: Annotated[int, check_int, -1] = 0
+    top_p: Annotated[float, check_positive, 1.0] = 1.0
+    min_p: Annotated[float, check_float, 0.0, 1.0] = 0.0
+    seed: Annotated[int | None, check_int, -(2**63), 2**63 - 1] = None
+    min_tokens: Annotated[int, check_int, 0] = 0
+    stop_token_ids: Annotated[Sequence[int] | None, check_list, check_int, 0] = None
+    logprobs: Annotated[int | None, check_int, -1] = None
+    n: Annotated[int, check_int, 1] = 1
+    repetition_penalty: Annotated[float, check_positive] = 1.0
+    presence_penalty: Annotated[float, check_float, -2.0, 2.0] = 0.0
+    frequency_penalty: Annotated[float, check_float, -2.0, 2.0] = 0.0
+    logit_bias: Annotated[Mapping[int, float] | None, check_biases] = None
+    allowed_token_ids: Annotated[Sequence[int] | None, check_list, check_int, 0] = None
+    stop: Annotated[str | Sequence[str] | None, check_list, check_text] = None
     include_stop_str_in_output: bool = False
-    prompt_logprobs: int | None = None
+    prompt_logprobs: Annotated[int | None, check_int, -1] = None
     detokenize: bool = True
     skip_special_tokens: bool = True
-    logits_processors: Sequence[LogitsProcessor] | None = None
+    logits_processors: Annotated[Sequence[LogitsProcessor] | None, check_list, check_type, Callable] = None
 
     def __post_init__(self) -> None:
-        check_float("temperature", self.temperature, 0.0)
-        check_float("top_p", self.top_p, 0.0, 1.0, open_minimum=True)
-        check_float("min_p", self.min_p, 0.0, 1.0)
-        check_float("repetition_penalty", self.repetition_penalty, 0.0, open_minimum=True)
-        check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        for name, minimum in ("max_tokens", 1), ("top_k", -1), ("min_tokens", 0), ("n", 1):
-            check_int(name, getattr(self, name), minimum)
-        for name in "logprobs", "prompt_logprobs":
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), -1, also=" or None")
-        if self.seed is not None:
-            check_int("seed", self.seed, -(2**63), 2**63 - 1, also=" or None")
-        for name in "ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens":
-            check_bool(name, getattr(self, name))
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name, kind in (
-            ("stop_token_ids", "token ids"),
-            ("allowed_token_ids", "token ids"),
-            ("stop", "non-empty texts"),
-            ("logits_processors", "functions"),
-        ):
-            if getattr(self, name) is not None:  # a tuple, since the caller's list may change
-                object.__setattr__(self, name, check_list(name, getattr(self, name), kind))
-        if self.logit_bias is not None:
-            if not isinstance(self.logit_bias, Mapping):
-                raise TypeError(f"logit_bias must be a dict or None, got {self.logit_bias!r}")
-            for token_id, bias in self.logit_bias.items():
-                check_int("logit_bias, its token ids,", token_id, 0)
-                check_float(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
-            bias_of = {int(token_id): float(bias) for token_id, bias in self.logit_bias.items()}
-            object.__setattr__(self, "logit_bias", bias_of)
+        check_fields(self)
         if self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}"
