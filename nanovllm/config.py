@@ -133,14 +133,12 @@ class Config:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(self.device)
-        except (RuntimeError, TypeError):
+        except RuntimeError:
             device = None
         if device is None or device.type not in ("cpu", "cuda"):
             raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {self.device!r}")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(
-                f"device {str(self.device)!r} is not there: {torch.cuda.device_count()} CUDA devices are"
-            )
+            raise ValueError(f"device '{device}' is not there: {torch.cuda.device_count()} CUDA devices are")
         return device
 
     def torch_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
@@ -173,26 +171,25 @@ class RopeConfig:
     @classmethod
     def from_hf(cls, hf: Any) -> "RopeConfig":
         """Read either spelling: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
-        given = dict(getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {})
-        old_type = given.pop("type", None)
-        rope_type = given.pop("rope_type", None) or old_type or "default"
-        theta = given.pop("rope_theta", None) or getattr(hf, "rope_theta", None) or cls.theta
-        partial = given.pop("partial_rotary_factor", None) or getattr(hf, "partial_rotary_factor", None)
-        if partial not in (None, 1.0):
-            raise ValueError(
-                "rotary embedding of a part of the head (partial_rotary_factor) is not supported"
-            )
+        scaling = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
+        beside = {name: getattr(hf, name, None) for name in ("rope_theta", "partial_rotary_factor")}
+        given = {name: value for name, value in [*beside.items(), *scaling.items()] if value is not None}
+        old_type = given.pop("type", "default")
+        rope_type = given.pop("rope_type", old_type)
+        theta = given.pop("rope_theta", cls.theta)
+        partial = given.pop("partial_rotary_factor", 1.0)
+        if partial != 1.0:  # a part of each head is rotated
+            raise ValueError(f"partial_rotary_factor {partial} is not supported; 1.0 is")
         if rope_type not in ROPE_PARAMETERS:
             raise ValueError(f"rope scaling {rope_type!r} is not supported; {', '.join(ROPE_PARAMETERS)} are")
         required, optional = ROPE_PARAMETERS[rope_type]
-        parameters = {name: value for name, value in given.items() if value is not None}
         if "original_max_position_embeddings" in required:
-            parameters.setdefault("original_max_position_embeddings", hf.max_position_embeddings)
-        missing = [name for name in required if name not in parameters]
-        unknown = [name for name in parameters if name not in required + optional]
+            given.setdefault("original_max_position_embeddings", hf.max_position_embeddings)
+        missing = [name for name in required if name not in given]
+        unknown = [name for name in given if name not in required + optional]
         if missing or (unknown and rope_type != "default"):
             raise ValueError(f"rope scaling {rope_type!r}: missing {missing}, not supported {unknown}")
-        return cls(float(theta), rope_type, parameters)
+        return cls(float(theta), rope_type, given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,9 +219,7 @@ class ModelConfig:
             if f.type is int:
                 check_int(f"{f.name} of the checkpoint", getattr(self, f.name), 1)
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads evenly"
-            )
+            raise ValueError(f"{self.num_kv_heads} key-value heads do not divide {self.num_heads} heads")
 
     def check_ranks(self, size: int) -> None:
         """Raise unless the model can be cut between so many ranks, with one or more whole heads to each."""
@@ -248,16 +243,13 @@ class ModelConfig:
             check_choice("architecture of the checkpoint", architecture, tuple(ARCHITECTURES.values()))
         if getattr(hf, "quantization_config", None):
             method = dict(hf.quantization_config).get("quant_method", "of unknown kind")
-            raise ValueError(
-                f"quantised checkpoints ({method}) are not supported; bfloat16, float16 and float32 are"
-            )
+            raise ValueError(f"quantised checkpoints ({method}) are not supported; {', '.join(DTYPES)} are")
         if hf.hidden_act != "silu":
             raise ValueError(f"activation {hf.hidden_act!r} is not supported; 'silu' is")
         slides = getattr(hf, "use_sliding_window", False) and hf.max_window_layers < hf.num_hidden_layers
         if slides or "sliding_attention" in (getattr(hf, "layer_types", None) or ()):
             raise ValueError(f"sliding-window attention (window {hf.sliding_window}) is not supported")
         attention_bias = getattr(hf, "attention_bias", False)
-        eos = getattr(hf, "eos_token_id", None)
         dtype: Any = getattr(hf, "dtype", None) or getattr(hf, "torch_dtype", None) or torch.float32
         dtype = DTYPES.get(dtype, dtype)
         check_choice("dtype of the checkpoint", dtype, tuple(DTYPES.values()))
@@ -278,22 +270,21 @@ class ModelConfig:
             o_bias=hf.model_type != "qwen2" and attention_bias,
             mlp_bias=getattr(hf, "mlp_bias", False),
             dtype=dtype,
-            eos_token_ids=token_id_set(eos),
+            eos_token_ids=token_id_set(getattr(hf, "eos_token_id", None)),
         )
 
     @classmethod
     def from_folder(cls, folder: Path, read: Callable[[Any], "ModelConfig"]) -> "ModelConfig":
         """Have `config.json` read, and read the end-of-sequence tokens of `generation_config.json` where there are any."""
-        if not (folder / "config.json").is_file():
+        file = folder / "config.json"
+        if not file.is_file():
             raise ValueError(f"model folder {str(folder)!r} has no config.json")
-        if "model_type" not in read_json(folder / "config.json"):
-            raise ValueError(f"{str(folder / 'config.json')!r} has no model_type")
+        if "model_type" not in read_json(file):
+            raise ValueError(f"{str(file)!r} has no model_type")
         try:
             hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # transformers checks values too, and raises what it likes
-            raise ValueError(
-                f"{str(folder / 'config.json')!r} is refused by transformers: {error}"
-            ) from error
+            raise ValueError(f"{str(file)!r} is refused by transformers: {error}") from error
         config = read(hf)
         generation_config = folder / "generation_config.json"
         if generation_config.is_file():

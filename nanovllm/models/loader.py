@@ -31,21 +31,19 @@ def resolve_model(model: str | os.PathLike[str], revision: str | None = None) ->
     Raises:
         ValueError: there is no such folder, and it is not a Hub id that can be fetched.
     """
+    name = str(model)
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
-        raise ValueError(f"model {str(model)!r} is neither a folder nor a Hub id of the form 'owner/name'")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise ValueError(f"model {name!r} is neither a folder nor a Hub id of the form 'owner/name'")
     try:
-        return Path(
-            snapshot_download(
-                str(model), revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
-            )
-        )
+        fetched = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns="*/*")
     except Exception as error:
         raise ValueError(
-            f"model {str(model)!r} is no folder here and cannot be fetched from the Hub: {error}"
+            f"model {name!r} is no folder and cannot be fetched from the Hub: {error}"
         ) from error
+    return Path(fetched)
 
 
 def load_weights(model: nn.Module, folder: Path, show_progress: bool) -> None:
@@ -150,8 +148,7 @@ def _files(folder: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not weight_map or not isinstance(weight_map, dict):
             raise ValueError(f"{str(index)!r} is damaged: it has no weight_map")
-        names = set(weight_map.values())
-        files = [folder / name for name in sorted(names)]
+        files = [folder / name for name in sorted(set(weight_map.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ValueError(f"checkpoint {str(folder)!r} lacks {_some(missing)}, which {index.name} names")
@@ -159,10 +156,8 @@ def _files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-        what = (
-            f"only {_some(pickles)}, and pickles are never loaded; convert them" if pickles else "no weights"
-        )
-        raise ValueError(f"model folder {str(folder)!r} has no safetensors: {what}")
+        found = f"only {_some(pickles)}, and pickles are never loaded" if pickles else "no weights"
+        raise ValueError(f"model folder {str(folder)!r} has no safetensors: {found}")
     return files
 
 
