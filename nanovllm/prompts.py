@@ -24,11 +24,9 @@ def parse_requests(
     prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None
 ) -> list[Request]:
     """The requests of one call, in order; TypeError or ValueError name the prompt that is none."""
-    parsed = [(f"prompts[{i}]", *_parse_prompt(p, f"prompts[{i}]")) for i, p in enumerate(_as_list(prompts))]
-    return [
-        Request(*p, params)
-        for p, params in zip(parsed, _as_params(sampling_params, len(parsed)), strict=True)
-    ]
+    every = _as_list(prompts)
+    pairs = zip(every, _as_params(sampling_params, len(every)), strict=True)
+    return [_parse(f"prompts[{i}]", prompt, params) for i, (prompt, params) in enumerate(pairs)]
 
 
 def check_request(name: str, token_ids: list[int], vocab_size: int, max_len: int) -> None:
@@ -40,8 +38,7 @@ def check_request(name: str, token_ids: list[int], vocab_size: int, max_len: int
         raise ValueError(f"{name} has token id {wrong}; the vocabulary is [0, {vocab_size})")
     if len(token_ids) >= max_len:
         raise ValueError(
-            f"{name} has {len(token_ids)} tokens, which leaves no room for a completion: prompt and completion "
-            f"together have at most max_model_len={max_len}"
+            f"{name} has {len(token_ids)} tokens; max_model_len={max_len} leaves no room for more"
         )
 
 
@@ -84,30 +81,22 @@ def _as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
     return list(params)
 
 
-def _parse_prompt(prompt: Any, name: str) -> tuple[str | None, list[int] | None]:
-    """(text, token ids) of a prompt, of which at least one is given."""
-    text: Any = None
-    token_ids: Any = None
-    if isinstance(prompt, dict):
-        unknown = [key for key in prompt if key not in ("prompt", "prompt_token_ids")]
-        if unknown or not prompt:
-            raise ValueError(
-                f"{name} must have 'prompt' or 'prompt_token_ids' and nothing else, got {list(prompt)}"
-            )
-        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-    elif isinstance(prompt, str):
-        text = prompt
-    else:
-        token_ids = prompt
-    if text is not None and not isinstance(text, str):
+def _parse(name: str, prompt: Any, params: SamplingParams) -> Request:
+    if not isinstance(prompt, dict):
+        prompt = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
+    if not prompt or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
+        raise ValueError(f"{name} must have 'prompt', 'prompt_token_ids' or both, got {list(prompt)}")
+    text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if not isinstance(text, str | None):
         raise TypeError(f"{name} must have text as its prompt, got {text!r}")
     if token_ids is None and text is not None:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half a surrogate pair, which no tokenizer takes
             raise ValueError(f"{name} must be text in Unicode, got {text!r:.200}: {error}") from None
-        return text, None
-    try:
-        return text, array("q", iter(token_ids)).tolist()  # takes every kind of integer, and nothing else
-    except (TypeError, OverflowError):
-        raise TypeError(f"{name} must be text or a list of token ids, got {token_ids!r:.200}") from None
+    else:
+        try:
+            token_ids = array("q", iter(token_ids)).tolist()  # takes every kind of integer, and nothing else
+        except (TypeError, OverflowError):
+            raise TypeError(f"{name} must be text or a list of token ids, got {token_ids!r:.200}") from None
+    return Request(name, text, token_ids, params)
