@@ -18,6 +18,7 @@ from parallel_models import FailsAtStart, FailsInTheMiddle
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.distributed import Group
+from nanovllm.engine.memory import GIB, check_weights_fit
 from nanovllm.layers.embedding import vocabulary_share
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers are joined by socket pairs")
@@ -278,6 +279,16 @@ def test_a_class_that_workers_cannot_import_is_refused(tiny_model, monkeypatch):
     monkeypatch.setattr(FailsAtStart, "__module__", "__main__")
     with pytest.raises(ValueError, match="model_class must be in a module that other processes can import"):
         new_llm(tiny_model("qwen3"), 2, model_class=FailsAtStart)
+
+
+def test_a_model_that_does_not_fit_says_how_many_ranks_would_do():
+    check_weights_fit(60 * GIB, 80 * GIB, 0.9, 1)
+    with pytest.raises(
+        ValueError, match=r"take 73.00 GiB on each of 2 GPUs, .* is 72.00 GiB; tensor_parallel_size=4 would"
+    ):
+        check_weights_fit(73 * GIB, 80 * GIB, 0.9, 2)
+    with pytest.raises(ValueError, match="tensor_parallel_size=8 would fit"):
+        check_weights_fit(500 * GIB, 80 * GIB, 0.9, 1)
 
 
 @given(st.integers(1, 8), st.integers(1, 64), st.integers(1, 9))

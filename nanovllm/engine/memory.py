@@ -25,13 +25,28 @@ def cuda_pool_bytes(total: int, free: int, utilization: float, held: int, peak: 
         f"this process holds {held / GIB:.2f} GiB and a step takes {peak / GIB:.2f} GiB"
     )
     if pool <= 0:
-        raise ValueError(f"no memory is left for the KV cache: {split}; raise gpu_memory_utilization")
+        raise ValueError(
+            f"no memory is left for the KV cache: {split}; raise gpu_memory_utilization or tensor_parallel_size"
+        )
     if pool + peak > free:
         raise ValueError(
             f"the KV cache would take {pool / GIB:.2f} GiB, but only {max(free - peak, 0) / GIB:.2f} GiB are free: "
             f"{split}; other processes hold {max(total - free - held, 0) / GIB:.2f} GiB; lower gpu_memory_utilization"
         )
     return pool
+
+
+def check_weights_fit(weights: int, total: int, utilization: float, num_ranks: int) -> None:
+    """ValueError unless `weights` bytes on each of so many cards of `total` bytes fit into our share; it says how many
+    ranks would do."""
+    enough = num_ranks
+    while weights * num_ranks / enough > total * utilization:
+        enough *= 2
+    if enough > num_ranks:
+        raise ValueError(
+            f"the weights take {weights / GIB:.2f} GiB on each of {num_ranks} GPUs, of whose {total / GIB:.2f} GiB "
+            f"gpu_memory_utilization={utilization} is {total * utilization / GIB:.2f} GiB; tensor_parallel_size={enough} would fit"
+        )
 
 
 def available_host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from nanovllm.distributed import Group
 from nanovllm.engine.adjust import adjust
 from nanovllm.engine.batch import INT, KVCache
 from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
-from nanovllm.engine.memory import GIB, available_host_memory, cuda_pool_bytes
+from nanovllm.engine.memory import GIB, available_host_memory, check_weights_fit, cuda_pool_bytes
 from nanovllm.engine.packing import (
     DeviceTables,
     HostBatch,
@@ -158,8 +159,14 @@ class ModelRunner:
         num_rows = config.max_num_seqs + 1
         num_positions = max(max_len, TOKEN_MULTIPLE)  # padding has positions too
         blocks_per_row = -(-num_positions // self.block_size)
+        new_model = partial(config.model_class or Decoder, model_config, self.backend, group, num_positions)
+        if self.device.type == "cuda":
+            _, total = torch.cuda.mem_get_info(self.device)
+            with torch.device("meta"):
+                weights = sum(parameter.nbytes for parameter in new_model().parameters())
+            check_weights_fit(weights, total, config.gpu_memory_utilization, group.size)
         with torch.device(self.device):
-            self.model = (config.model_class or Decoder)(model_config, self.backend, group, num_positions)
+            self.model = new_model()
             self.tables = DeviceTables(
                 block_tables=torch.zeros(num_rows, blocks_per_row, dtype=torch.int32),
                 last_token=torch.zeros(num_rows, dtype=torch.int32),

@@ -88,12 +88,12 @@ class Workers:
                 raise RuntimeError(self.failure) from error
             self.failure = f"rank 0 failed in the middle of a step: {error}"
             self.has_failed.set()
+            self.group.abort()
             raise
 
     def close(self) -> None:
         """End the model; and the processes that rank 0 has started, within seconds."""
-        connections, self.group = self.connections, Group()
-        for connection in connections:
+        for connection in self.connections:
             with suppress(OSError):  # where it is gone
                 connection.send_bytes(CLOSE)
                 if self.processes:
@@ -106,6 +106,7 @@ class Workers:
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
+        self.group.abort()
 
     def _watch(self) -> None:
         """Workers send nothing unless they fail."""
@@ -205,7 +206,8 @@ def serve(connection: Connection, store: dist.Store, rank: int, local_rank: int,
             runner = ModelRunner(config, folder, model_config, group)
             while (message := inbox.get()) != CLOSE:
                 runner.run(PackedStep.from_bytes(message))
-            del runner, group
+            del runner
+            group.abort()
     except BaseException as error:
         reason = "".join(traceback.format_exception_only(error)) + traceback.format_exc()
         connection.send_bytes(reason.encode())
