@@ -11,6 +11,7 @@ from nanovllm import SamplingParams
 from nanovllm.layers.sampler import (
     SamplingBatch,
     gumbel_noise,
+    largest_by_groups,
     least_kept,
     logprobs,
     pack_sampling,
@@ -173,3 +174,15 @@ def test_logprobs_are_the_log_softmax_of_raw_logits_with_ranks():
     assert ranks.tolist() == [(order[i] == drawn[i]).nonzero().item() + 1 for i in range(6)]
     assert torch.equal(top_ids, order[:, :4])
     torch.testing.assert_close(top, reference.gather(1, order[:, :4]))
+
+
+@pytest.mark.parametrize("num", [0, 1, 5, 40, 1280])
+def test_largest_by_groups_is_topk(num):
+    torch.manual_seed(0)
+    logits = torch.randn(6, 2560).bfloat16()[:, :1280]  # ties, and rows that are not adjacent
+    logits[1] = 0.0
+    logits[2, 100:] = -torch.inf
+    values, ids = largest_by_groups(logits, num)
+    assert torch.equal(values, logits.topk(num).values)
+    assert torch.equal(logits.gather(1, ids), values)
+    assert all(len(set(row)) == num for row in ids.tolist())

@@ -15,6 +15,8 @@ from torch import Tensor
 from nanovllm import kernels
 from nanovllm.sampling_params import SamplingParams
 
+GROUP = 128  # columns among whose maxima the largest logits are looked for
+
 
 def pack_sampling(params: SamplingParams, seed: int, vocab_size: int) -> NDArray[np.int32]:
     """What the device keeps of a request, int32 [6]: temperature, top_p and min_p as the bits of float32, top_k (at
@@ -147,8 +149,19 @@ def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, T
         norm, rank = logprobs.norm_and_rank(logits, drawn)
     else:
         norm, rank = norm_and_rank(logits, drawn)
-    top = logits.topk(num_top, dim=-1)
-    return (drawn.float() - norm).squeeze(1), rank, top.values.float() - norm, top.indices
+    by_groups = logits.is_cuda and len(logits) >= 64 and num_top <= GROUP and logits.shape[1] % GROUP == 0
+    top, top_ids = largest_by_groups(logits, num_top) if by_groups else logits.topk(num_top, dim=-1)
+    return (drawn.float() - norm).squeeze(1), rank, top.float() - norm, top_ids
+
+
+def largest_by_groups(logits: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """As topk over logits [R, n * GROUP], which takes twice as long for many rows: the `num` largest are in the `num`
+    groups of columns that have the largest maxima."""
+    groups = logits.unflatten(1, (-1, GROUP))
+    chosen = groups.amax(-1).topk(min(num, groups.shape[1]), sorted=False).indices
+    candidates = groups.gather(1, chosen.unsqueeze(2).expand(-1, -1, GROUP)).flatten(1)
+    top = candidates.topk(num)
+    return top.values, chosen.gather(1, top.indices // GROUP) * GROUP + top.indices % GROUP
 
 
 def norm_and_rank(logits: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
