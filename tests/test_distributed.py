@@ -254,14 +254,20 @@ def test_torchrun(tiny_model, tmp_path):
         )
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    result = subprocess.run(
-        [*torchrun, str(script), str(folder)], capture_output=True, text=True, timeout=200
-    )
-    assert result.returncode == 0, result.stderr
+    command = [*torchrun, str(script), str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        stdout, stderr = process.communicate(timeout=200)
+    finally:  # were they stuck, they would outlive torchrun
+        for left in (
+            [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []
+        ):
+            left.kill()
+    assert process.returncode == 0, stderr
     with new_llm(folder, 1) as llm:
         params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
         expected = [o["token_ids"] for o in llm.generate([[1, 2, 3], [4]], params, use_tqdm=False)]
-    assert [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[[")] == [expected]
+    assert [json.loads(line) for line in stdout.splitlines() if line.startswith("[[")] == [expected]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ NEEDS = {  # what is imported only where it is used
     "nanovllm.attention.flash": ["flash_attn", "triton"],
     "nanovllm.attention.triton": ["triton"],
     "nanovllm.kernels.gumbel": ["triton"],
+    "nanovllm.kernels.logprobs": ["triton"],
     "nanovllm.kernels.paged_attention": ["triton"],
     "nanovllm.kernels.rotary_store": ["triton"],
+    "nanovllm.kernels.truncation": ["triton"],
 }
 
 
