@@ -50,6 +50,14 @@ print(json.dumps(generate(5)), flush=True)
 """
 
 
+def is_ours(process: psutil.Process) -> bool:
+    """A compiler may keep processes of its own."""
+    try:
+        return "nanovllm" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.fixture(autouse=True)
 def no_process_is_left():
     yield
