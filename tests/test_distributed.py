@@ -37,11 +37,11 @@ import json, sys
 import psutil
 from nanovllm import LLM, SamplingParams
 llm = LLM(sys.argv[1], tensor_parallel_size=2, device="cpu", max_model_len=128, num_kvcache_blocks=40, use_tqdm=False)
-print(json.dumps([child.pid for child in psutil.Process().children()]), flush=True)
 def generate(max_tokens):
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     return [o.outputs[0].token_ids for o in llm.generate([[1, 2, 3], [4]], params, use_tqdm=False)]
 try:
+    print(json.dumps([child.pid for child in psutil.Process().children()]), flush=True)
     while len(sys.argv) > 2:
         generate(100)
 except KeyboardInterrupt:
