@@ -453,9 +453,8 @@ def main(argv: list[str] | None = None) -> None:
     traces = {}
     with tempfile.TemporaryDirectory() as scratch:
         model, load_format = find_model(args, on_gpu, Path(scratch))
-        is_first = (
-            os.environ.get("RANK", "0") == "0"
-        )  # of torchrun's ranks, where the others never return from LLM()
+        # Of torchrun's ranks the others never return from LLM().
+        is_first = os.environ.get("RANK", "0") == "0"
         ceilings = measure_ceilings(device) if on_gpu and is_first else None
         options: dict[str, Any] = needed | given(args, Config) | {"model": model, "load_format": load_format}
         start = time.perf_counter()

@@ -44,7 +44,6 @@ class LLMEngine:
         self.config = config
         self.folder, self.model_config = find_model(config)
         self.model_config.check_ranks(config.tensor_parallel_size)
-        self.max_model_len = min(config.max_model_len, self.model_config.max_len)
         self.workers = start_workers(config) if config.tensor_parallel_size > 1 else None
         self.runner: ModelRunner | None = None
         try:
@@ -55,6 +54,7 @@ class LLMEngine:
         except BaseException:
             self.close()
             raise
+        self.max_model_len = self.runner.max_len
         gc.collect()  # or it would happen in the middle of the first call, and take 0.3 s of it
         self.finished: dict[int, Sequence] = {}
         self.in_flight: tuple[Step, SampledTokens] | None = None

@@ -140,7 +140,7 @@ class ModelRunner:
         self.group = group
         self.device = group.device
         self.model_config = model_config
-        max_len = min(config.max_model_len, model_config.max_len)
+        self.max_len = max_len = min(config.max_model_len, model_config.max_len)
         num_heads = group.share(model_config.num_heads).size
         self.num_kv_heads = group.share(model_config.num_kv_heads).size
         self.backend = attention.select(
@@ -213,6 +213,7 @@ class ModelRunner:
         Returns logits, of at least as many rows as are sampled, the rows and positions [S] that these belong to, and what
         `logprobs` says of each prompt read, on its way to the CPU. Logits mean something on rank 0 alone.
         """
+        # Decode rows are the first: they must arrive where the graphs read them.
         decode_views, update_views, chunk_views, sampled_views, read_views = self.staging.upload(*packed)
         rows, positions, last_tokens = sampled_views
         self._apply_updates(update_views)
@@ -473,12 +474,8 @@ class ModelRunner:
             decodes.decodes.append(Sequence(0, [0], plain, seed=0, max_tokens=1))
             decodes.context_lens.append(max_len)
         for step in (prompts, decodes):
-            logits, rows, positions, _ = self.run(self._pack(step)[0])
-            if self.group.rank > 0:
-                continue
-            launched = Launched(step.sampled, logits[: len(rows)], rows, positions, [])
-            self.sample(launched)
-            for params in demanding:
+            launched = self.forward(step)
+            for params in (plain, *demanding) if self.group.rank == 0 else ():  # the others do not sample
                 sequences = [Sequence(0, [0], params, seed=0, max_tokens=1) for _ in launched.sequences]
                 self.sample(launched._replace(sequences=sequences))
             del launched  # its logits are not there while the next step runs

@@ -65,7 +65,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 class HostBatch(NamedTuple):
     """A batch on the CPU, on its way. `arrays` are rows, context_lens, query_lens and the attention plan; for chunks then
-    input_ids [T], positions [T] and token_rows [T], the row of each token. There are none in an empty batch."""
+    input_ids [T], positions [T] and token_rows [T], the row of each token."""
 
     is_decode: bool
     arrays: list[INT]
@@ -97,16 +97,14 @@ class HostBatch(NamedTuple):
 
 
 class PackedStep(NamedTuple):
-    """All that a rank must know to compute a step."""
+    """All that a rank must know to compute a step, the decode rows first."""
 
-    decodes: list[INT]  # the arrays of a HostBatch of decode rows, with padding
-    updates: list[
-        INT
-    ]  # what the tables have to learn: places and blocks [E]; rows [R], sampling parameters [R, 6]
-    chunks: list[INT]  # the arrays of a HostBatch of chunks
-    sampled: list[
-        INT
-    ]  # rows, positions [S] of the tokens to be drawn; of those after chunks the last tokens [C]
+    decodes: list[INT]  # the arrays of a HostBatch of decode rows, with padding; none without rows
+    # What the tables have to learn: places and blocks [E]; rows [R] and their sampling parameters [R, 6]
+    updates: list[INT]
+    chunks: list[INT]  # the arrays of a HostBatch of chunks; none without chunks
+    # Rows and positions [S] of the tokens to be drawn; the last tokens [C] of the chunks after which one is drawn
+    sampled: list[INT]
     # Slices of prompts whose log-probabilities are read: [P, 3] of the first hidden state, their number, how many of the
     # most likely tokens; and the tokens whose log-probabilities they are, one after the other
     prompt_reads: list[INT]

@@ -149,16 +149,16 @@ def start_workers(config: Config) -> Workers:
         return _join_torchrun(config.tensor_parallel_size)
     size = config.tensor_parallel_size
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
-    environment = {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     if config.torch_device.type == "cpu":
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // size))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size)))
     connections, processes = [], []
     for rank in range(1, size):
         ours, theirs = socket.socketpair()
         arguments = [str(number) for number in (rank, size, store.port, theirs.fileno())]
         process = subprocess.Popen(
             [sys.executable, "-c", "from nanovllm.engine.workers import main; main()", *arguments],
-            env=environment | dict(os.environ) | {"PYTHONPATH": environment["PYTHONPATH"]},
+            env=environment,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for rank 0
