@@ -159,6 +159,21 @@ def test_gpus_give_the_tokens_of_one(family, options, tiny_model):
     assert logprobs == pytest.approx(expected_logprobs, abs=1e-3)
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_two)])
+def test_a_rank_with_less_memory(device, tiny_model):
+    """What others hold is no part of our share; where it leaves too little of it, the rank says so."""
+    options = {"device": device, "num_kvcache_blocks": -1, "enforce_eager": True}
+    _, total = torch.cuda.mem_get_info(1)
+    held = torch.empty(total // 2, dtype=torch.uint8, device="cuda:1")
+    with new_llm(tiny_model("qwen3"), 2, gpu_memory_utilization=0.3, **options) as llm:
+        assert len(llm.generate([[1, 2]], PARAMS[0], use_tqdm=False)[0]["token_ids"]) == 12
+    with pytest.raises(
+        RuntimeError, match=r"(?s)rank 1 failed: ValueError: the KV cache would take .* are free"
+    ):
+        new_llm(tiny_model("qwen3"), 2, gpu_memory_utilization=0.9, **options)
+    del held
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("options", [{}, {"enforce_eager": True}], ids=["graphs", "eager"])

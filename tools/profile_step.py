@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=800, help="tokens of every row (default: %(default)s)")
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 64, 8])
     parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="rank 0 is shown")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         SHAPES[args.shape].save(Path(folder))
@@ -43,16 +44,21 @@ def main() -> None:
             load_format="dummy",
             max_num_seqs=max(args.rows),
             attention_backend=args.attention_backend,
+            tensor_parallel_size=args.tensor_parallel_size,
             use_tqdm=False,
         )
     for num_rows in args.rows:
-        profile(llm.engine.runner, num_rows, args.context)
+        profile(llm.engine, num_rows, args.context)
+    llm.close()
 
 
-def profile(runner: Any, num_rows: int, context: int) -> None:
+def profile(engine: Any, num_rows: int, context: int) -> None:
     """Print the time of a step and its kernels, the costliest first, in microseconds a step."""
+    runner, workers = engine.runner, engine.workers
     step = decode_step(runner, num_rows, context)
-    run = lambda: runner.sample(runner.forward(step))  # noqa: E731
+    run = lambda: runner.sample(runner.forward(step, workers and workers.in_step))  # noqa: E731
+    run()
+    step.block_updates, step.admitted = [], []
     print(f"{num_rows} rows of {context} tokens: {milliseconds(run):.3f} ms a step")
     kernels: dict[str, list[float]] = defaultdict(list)
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -71,12 +77,11 @@ def profile(runner: Any, num_rows: int, context: int) -> None:
 
 
 def decode_step(runner: Any, num_rows: int, context: int) -> Step:
-    """A step of `num_rows` rows whose block tables, set here, hold `context` tokens."""
+    """A step of `num_rows` rows whose block tables, which it sets, hold `context` tokens."""
     num_blocks = -(-context // runner.block_size)
-    blocks = torch.randperm(runner.num_blocks - 1)[: num_rows * num_blocks].int() + 1
-    tables = runner.tables.block_tables
-    tables[1 : num_rows + 1, :num_blocks] = blocks.view(num_rows, num_blocks).to(tables.device)
+    blocks = iter((torch.randperm(runner.num_blocks - 1) + 1).tolist())
     step = Step()
+    step.block_updates = [(row, i, next(blocks)) for row in range(1, num_rows + 1) for i in range(num_blocks)]
     for row in range(1, num_rows + 1):
         seq = Sequence(row, [0], SamplingParams(temperature=0.6), seed=row, max_tokens=1, row=row)
         step.decodes.append(seq)

@@ -26,14 +26,18 @@ class DecodeGraphs:
         self.sizes = sizes
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
-        for size in reversed(sizes):  # the largest first: the others fit into its memory
-            decode = start(size)
-            decode()  # compiles, loads and allocates what a capture must not
-            graph = torch.cuda.CUDAGraph()
-            # NCCL's own thread goes on asking about earlier work meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                hidden = decode()
-            self.graphs[size] = graph, hidden
+        try:
+            for size in reversed(sizes):  # the largest first: the others fit into its memory
+                decode = start(size)
+                decode()  # compiles, loads and allocates what a capture must not
+                graph = torch.cuda.CUDAGraph()
+                # NCCL's own thread goes on asking about earlier work meanwhile.
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    hidden = decode()
+                self.graphs[size] = graph, hidden
+        except BaseException:
+            self.close()
+            raise
 
     def size_for(self, num_rows: int) -> int:
         return self.sizes[bisect_left(self.sizes, num_rows)]
@@ -42,3 +46,8 @@ class DecodeGraphs:
         graph, hidden = self.graphs[size]
         graph.replay()
         return hidden
+
+    def close(self) -> None:
+        """NCCL's communicators cannot be ended before graphs that use them."""
+        for graph, _ in self.graphs.values():
+            graph.reset()

@@ -130,12 +130,14 @@ class LLMEngine:
 
     def close(self) -> None:
         """Give the devices' memory back, and end the workers. The engine cannot be used afterwards."""
-        workers, self.workers = self.workers, None
+        runner, workers = self.runner, self.workers
+        self.runner = self.workers = self.in_flight = None
+        if runner is not None:
+            runner.close()
         if workers is not None:
             workers.close()
-        on_cuda = self.runner is not None and self.runner.device.type == "cuda"
-        self.runner = self.in_flight = None
-        if on_cuda:
+        if runner is not None and runner.device.type == "cuda":
+            del runner
             torch.cuda.empty_cache()
 
     def _runner(self) -> ModelRunner:

@@ -262,6 +262,11 @@ class ModelRunner:
             copied.record(torch.cuda.current_stream(self.device))
         return SampledTokens(sequences, token_ids, asked, prompt_logprobs, copied)
 
+    def close(self) -> None:
+        """Before the group is aborted. The memory is given back when the runner is gone."""
+        if self.graphs:
+            self.graphs.close()
+
     def synchronize(self) -> None:
         """Wait until the device has done all that was launched."""
         if self.device.type == "cuda":

@@ -206,6 +206,7 @@ def serve(connection: Connection, store: dist.Store, rank: int, local_rank: int,
             runner = ModelRunner(config, folder, model_config, group)
             while (message := inbox.get()) != CLOSE:
                 runner.run(PackedStep.from_bytes(message))
+            runner.close()
             del runner
             group.abort()
     except BaseException as error:
