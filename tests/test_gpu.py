@@ -132,11 +132,11 @@ def test_running_out_of_memory_in_a_step_leaves_the_llm_usable(tiny_model, monke
     forward = llm.engine.runner.forward
     calls = []
 
-    def exhaust(step):
-        calls.append(step)
+    def exhaust(*args):
+        calls.append(args)
         if len(calls) == 5:
             torch.empty(10**15, device="cuda")
-        return forward(step)
+        return forward(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(llm.engine.runner, "forward", exhaust)

@@ -7,6 +7,7 @@ Step N+1 is planned from counts, and launched, before the tokens of step N are r
 When N+1 is sampled, N is committed, so that every sampled sequence's history is known on the CPU.
 """
 
+import atexit
 import gc
 import time
 from collections.abc import Collection, Iterator
@@ -61,6 +62,7 @@ class LLMEngine:
         self.is_stepping = False
         self.num_resets = 0
         self.scheduler = self._new_scheduler()
+        atexit.register(self.close)
 
     @property
     def is_idle(self) -> bool:
@@ -130,6 +132,7 @@ class LLMEngine:
 
     def close(self) -> None:
         """Give the devices' memory back, and end the workers. The engine cannot be used afterwards."""
+        atexit.unregister(self.close)
         runner, workers = self.runner, self.workers
         self.runner = self.workers = self.in_flight = None
         if runner is not None:

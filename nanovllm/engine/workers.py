@@ -107,6 +107,7 @@ class Workers:
                     process.kill()
                     process.wait()
         self.group.abort()
+        self.group.backend = None  # its threads end here, and not while the interpreter does
 
     def _watch(self) -> None:
         """Workers send nothing unless they fail."""
