@@ -4,12 +4,20 @@ All ranks launch the same collectives in the same order, over NCCL or gloo. No p
 there is one of those to a process, and it may be the user's.
 """
 
+import logging
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from nanovllm import kernels
+
+if TYPE_CHECKING:
+    from nanovllm.peer_memory import PeerMemory
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=10)  # for a rank that is slower than the others to start, or to load its weights
 
@@ -32,6 +40,7 @@ class Group:
         self.rank = rank
         self.size = size
         self.backend: Any = None
+        self.peer_memory: PeerMemory | None = None
 
     def connect(self, store: dist.Store) -> None:
         """Join the other ranks, which do the same at the same store."""
@@ -40,6 +49,8 @@ class Group:
             options._timeout = TIMEOUT
             self.backend = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
             self.backend.eager_connect_single_device(self.device)
+            if kernels.AVAILABLE and self.size > 1:
+                self._share_memory(store)
         else:
             self.backend = dist.ProcessGroupGloo(store, self.rank, self.size, TIMEOUT)
 
@@ -54,8 +65,11 @@ class Group:
 
     @torch.compiler.disable
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x, in place."""
-        self.backend.allreduce([x]).wait()
+        """The sum of all ranks' x, contiguous, in place."""
+        if self.peer_memory is not None and self.peer_memory.fits(x):
+            self.peer_memory.all_reduce(x)
+        else:
+            self.backend.allreduce([x]).wait()
         return x
 
     def gather(self, x: Tensor) -> Tensor:
@@ -83,5 +97,31 @@ class Group:
 
     def abort(self) -> None:
         """End kernels that wait for a rank which will not come. gloo sees by itself that a connection is closed."""
+        if self.peer_memory is not None:
+            self.peer_memory.stop[0] = 1
         if self.is_connected and self.device.type == "cuda":
             self.backend.abort()
+
+    def close(self) -> None:
+        """Leave the group, when nothing that was launched is left."""
+        self.abort()
+        self.backend = None  # gloo's threads end here, and not while the interpreter does
+        if self.peer_memory is not None:
+            self.peer_memory.close()
+            self.peer_memory = None
+
+    def _share_memory(self, store: dist.Store) -> None:
+        """All ranks do, or none."""
+        from nanovllm.peer_memory import PeerMemory
+
+        memory = PeerMemory(self.device, self.rank, self.size)
+        can_share = True
+        try:
+            memory.open(store)
+        except OSError as error:
+            logger.info("rank %d: small sums go through NCCL too: %s", self.rank, error)
+            can_share = False
+        if self.least(can_share):
+            self.peer_memory = memory
+        else:
+            memory.close()

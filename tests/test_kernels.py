@@ -3,6 +3,7 @@
 The interpreter multiplies bfloat16 matrices wrongly: there float16 stands in for it.
 """
 
+from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from nanovllm.attention.triton import TritonAttention, split_chunks, split_decod
 from nanovllm.engine.batch import Batch
 from nanovllm.engine.packing import int32
 from nanovllm.kernels import logprobs, truncation
+from nanovllm.kernels.all_reduce import PROGRAMS, all_reduce, memory_bytes
 from nanovllm.kernels.gumbel import gumbel_max
 from nanovllm.layers import sampler
 from nanovllm.layers.norm import RMSNorm
@@ -285,3 +287,54 @@ def test_norm_and_rank(dtype, vocab_size, device):
     twin_norm, twin_rank = sampler.norm_and_rank(logits, drawn)
     torch.testing.assert_close(norm, twin_norm, atol=1e-5, rtol=1e-6)
     assert torch.equal(rank.long(), twin_rank)
+
+
+def run_ranks(inputs, memories, turns, stop, capacity, streams):
+    for rank, (x, stream) in enumerate(zip(inputs, streams, strict=True)):
+        with stream:
+            all_reduce(x, memories, turns[rank], stop, rank, capacity)
+
+
+@pytest.mark.parametrize("is_half", [False, True])
+def test_all_reduce_of_two_ranks(device, is_half):
+    """On a GPU two streams are two ranks that wait for each other; on a CPU the first finds what the second will write."""
+    on_gpu = device == "cuda"
+    dtype = HALF[device] if is_half else torch.float32
+    capacity = 2**20 if on_gpu else 2**12
+    sizes = [64, capacity // dtype.itemsize, 40] * (10 if on_gpu else 2)
+    memories = torch.zeros(2, memory_bytes(capacity), dtype=torch.uint8, device=device)
+    addresses = torch.tensor([memory.data_ptr() for memory in memories], device=device)
+    turns = torch.zeros(2, PROGRAMS, dtype=torch.int32, device=device)
+    stop = torch.zeros(1, dtype=torch.int32, pin_memory=on_gpu)
+    streams = [torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext() for _ in range(2)]
+    data_offset = memory_bytes(0)
+    for turn, size in enumerate(sizes, start=1):
+        inputs = list(torch.randn(2, size, device=device).to(dtype))
+        expected = (inputs[0].float() + inputs[1].float()).to(dtype)
+        if on_gpu:
+            torch.cuda.synchronize()
+        else:
+            flags = memories[0, :data_offset].view(torch.int32)[: 2 * PROGRAMS].view(PROGRAMS, 2)
+            flags[:, 1] = turn
+            start = data_offset + turn % 2 * capacity
+            memories[1, start : start + inputs[1].nbytes] = inputs[1].view(torch.uint8)
+        run_ranks(inputs, addresses, turns, stop, capacity, streams)
+        if on_gpu:
+            torch.cuda.synchronize()
+        assert all(torch.equal(x, expected) for x in inputs)
+    assert turns.eq(len(sizes)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_all_reduce_can_be_stopped():
+    memories = torch.zeros(2, memory_bytes(1024), dtype=torch.uint8, device="cuda")
+    addresses = torch.tensor([memory.data_ptr() for memory in memories], device="cuda")
+    turns = torch.zeros(PROGRAMS, dtype=torch.int32, device="cuda")
+    stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    all_reduce(torch.zeros(64, device="cuda"), addresses, turns, stop, 0, 1024)
+    done = torch.cuda.Event()
+    done.record()
+    assert not done.query(), "the other rank never comes"
+    stop[0] = 1
+    done.synchronize()

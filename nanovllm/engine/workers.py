@@ -106,8 +106,7 @@ class Workers:
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
-        self.group.abort()
-        self.group.backend = None  # its threads end here, and not while the interpreter does
+        self.group.close()
 
     def _watch(self) -> None:
         """Workers send nothing unless they fail."""
@@ -209,7 +208,7 @@ def serve(connection: Connection, store: dist.Store, rank: int, local_rank: int,
                 runner.run(PackedStep.from_bytes(message))
             runner.close()
             del runner
-            group.abort()
+            group.close()
     except BaseException as error:
         reason = "".join(traceback.format_exception_only(error)) + traceback.format_exc()
         connection.send_bytes(reason.encode())

@@ -1,0 +1,100 @@
+"""Memory of the GPUs of one host that all of them read and write, through the CUDA driver's inter-process handles.
+
+torch has two ways to share memory: its symmetric memory takes its names from torch's own process groups, and counts meetings
+by the process, so that a new worker never meets a rank 0 that had others; its shared tensors leave a file behind when a
+process is killed.
+"""
+
+import ctypes
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanovllm.kernels.all_reduce import PROGRAMS, all_reduce, memory_bytes
+
+NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED: over NVLink
+LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+READ_BYTES = 2**24  # of the others' that a sum reads at most: NCCL moves more of them faster
+
+
+class Handle(ctypes.Structure):
+    """CUipcMemHandle."""
+
+    _fields_ = (("data", ctypes.c_char * 64),)
+
+
+class PeerMemory:
+    """This rank's memory, and the others' once it is opened."""
+
+    def __init__(self, device: torch.device, rank: int, size: int):
+        self.device = device
+        self.rank = rank
+        self.size = size
+        self.capacity = READ_BYTES // (size - 1) // 16 * 16  # bytes of a sum at most
+        self.driver: Any = None
+        self.own = ctypes.c_uint64()
+        self.opened: list[ctypes.c_uint64] = []
+        self.addresses: Tensor | None = None  # int64 [size]
+        self.turns = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
+        self.stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+
+    def open(self, store: dist.Store) -> None:
+        """Meet the other ranks; OSError if the driver refuses, here or there."""
+        exported = b""
+        try:
+            exported = self._export()
+        finally:  # the others wait for it
+            store.set(f"memory {self.rank}", exported)  # type: ignore[arg-type]  # takes bytes
+        addresses = []
+        for rank in range(self.size):
+            theirs = store.get(f"memory {rank}")
+            addresses.append(self.own.value if rank == self.rank else self._import(theirs))
+        self.addresses = torch.tensor(addresses, device=self.device)
+
+    def fits(self, x: Tensor) -> bool:
+        return x.nbytes <= self.capacity and x.nbytes % 16 == 0
+
+    def all_reduce(self, x: Tensor) -> None:
+        assert self.addresses is not None
+        all_reduce(x, self.addresses, self.turns, self.stop, self.rank, self.capacity)
+
+    def close(self) -> None:
+        for address in self.opened:
+            self._call("cuIpcCloseMemHandle", address)
+        if self.own.value:
+            self._call("cuMemFree_v2", self.own)
+
+    def _export(self) -> bytes:
+        self.driver = ctypes.CDLL("libcuda.so.1")
+        num_bytes = ctypes.c_size_t(memory_bytes(self.capacity))
+        self._call("cuMemAlloc_v2", ctypes.byref(self.own), num_bytes)
+        self._call("cuMemsetD8_v2", self.own, ctypes.c_ubyte(0), num_bytes)
+        handle = Handle()
+        self._call("cuIpcGetMemHandle", ctypes.byref(handle), self.own)
+        return pickle.dumps((_host(), self.device.index or 0, bytes(handle)))
+
+    def _import(self, exported: bytes) -> int:
+        host, device, handle = pickle.loads(exported) if exported else ("", 0, b"")
+        if host != _host():
+            raise OSError("a rank has no memory on this host")
+        has_atomics, address = ctypes.c_int(), ctypes.c_uint64()
+        devices = ctypes.c_int(self.device.index or 0), ctypes.c_int(device)
+        self._call("cuDeviceGetP2PAttribute", ctypes.byref(has_atomics), NATIVE_ATOMICS, *devices)
+        if not has_atomics.value:
+            raise OSError("NVLink does not join the GPUs")
+        theirs = Handle.from_buffer_copy(handle)
+        self._call("cuIpcOpenMemHandle_v2", ctypes.byref(address), theirs, ctypes.c_uint(LAZY_PEER_ACCESS))
+        self.opened.append(address)
+        return address.value
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        if error := getattr(self.driver, function)(*arguments):
+            raise OSError(f"{function} failed with CUDA's error {error}")
+
+
+def _host() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text()
