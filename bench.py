@@ -123,9 +123,7 @@ class LeastWork(NamedTuple):
     prompt_flops: int
 
 
-def least_work(
-    model: ModelConfig, prompt_lens: list[int], output_lens: list[int], shared_prefix: int = 0
-) -> LeastWork:
+def least_work(model: ModelConfig, prompt_lens: list[int], output_lens: list[int], shared_prefix: int = 0) -> LeastWork:
     """KV and weights that have to be read, and the arithmetic of the prompts.
 
     Computing a prompt gives the first output token; each further one reads its context's KV once. There are as many
@@ -245,9 +243,7 @@ class Trace:
         return counts
 
 
-def run_pass(
-    llm: LLM, workload: Workload, pass_number: int, timer: DeviceTimer | None, trace: Trace | None
-) -> float:
+def run_pass(llm: LLM, workload: Workload, pass_number: int, timer: DeviceTimer | None, trace: Trace | None) -> float:
     """Seconds; RuntimeError if an output is not as long as it was asked for."""
     prompts, output_lens = workload.requests(pass_number)
     sampling = {"temperature": workload.temperature, "ignore_eos": True} | workload.sampling
@@ -370,9 +366,7 @@ def run_transformers(llm: LLM, model: str, workload: Workload, pass_number: int)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help="one LLM serves all of them")
     parser.add_argument("--passes", type=int, help="of each workload: 3, or 2 of a custom one")
     parser.add_argument("--plot", metavar="FILE", help="draw each workload's last pass over time")
@@ -487,11 +481,7 @@ def main(argv: list[str] | None = None) -> None:
         if ceilings:
             free, total = torch.cuda.mem_get_info(device)
             peak = torch.cuda.max_memory_allocated(device) / 2**30
-            report |= {
-                "ceilings": ceilings._asdict(),
-                "peak_memory_gib": peak,
-                "device_used_share": 1 - free / total,
-            }
+            report |= {"ceilings": ceilings._asdict(), "peak_memory_gib": peak, "device_used_share": 1 - free / total}
             print(f"memory: {peak:.1f} GiB allocated at most, {1 - free / total:.0%} of the card in use")
             copied, multiplied = ceilings.bytes_per_s / 1e12, ceilings.flop_per_s / 1e12
             print(f"ceilings: {copied:.2f} TB/s in a copy, {multiplied:.0f} TFLOP/s in a product")

@@ -20,12 +20,8 @@ QUESTIONS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "prompts", nargs="*", default=QUESTIONS, metavar="prompt", help="questions to the model"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", nargs="*", default=QUESTIONS, metavar="prompt", help="questions to the model")
     parser.add_argument("--model", default=DEMO_MODEL, help="folder or Hub id (default: the demo model)")
     parser.add_argument("--max-tokens", type=int, default=96, help="of each answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")

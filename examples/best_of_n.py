@@ -20,9 +20,7 @@ def mean_logprob(completion: CompletionOutput) -> float:
 
 
 def main(argv: list[str] | None = None) -> list[CompletionOutput]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", default="Why is the sky blue? Answer in one sentence.")
     parser.add_argument("--n", type=int, default=4, help="answers to draw (default: %(default)s)")
     parser.add_argument("--model", default=DEMO_MODEL, help="folder or Hub id (default: the demo model)")

@@ -41,9 +41,7 @@ def say(llm: LLM, prompt: list[int], params: SamplingParams) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEMO_MODEL, help="folder or Hub id (default: the demo model)")
     parser.add_argument("--system", help="what the model is told before the first turn")
     parser.add_argument("--max-tokens", type=int, default=512, help="of an answer (default: %(default)s)")

@@ -65,8 +65,7 @@ class Constraint:
 def json_grammar(schema: dict[str, Any]) -> str:
     """The schema's grammar, with spaces where models like them: free to, some add spaces for ever."""
     return LLMatcher.grammar_from_json_schema(
-        schema,
-        overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+        schema, overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     )
 
 
@@ -80,9 +79,7 @@ def ask(llm: LLM, requests: list[tuple[str, str]], **options: Any) -> list[Reque
 
 
 def main(argv: list[str] | None = None) -> list[str]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", nargs="*", metavar="question", help="asked in place of the three here")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--schema", type=Path, help="file with the JSON schema of the answers")

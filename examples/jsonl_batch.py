@@ -36,9 +36,7 @@ def read_rows(file: Path) -> list[Row]:
                 row = json.loads(line)
                 if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
                     raise ValueError("an object with either 'prompt' or 'messages' is needed")
-                if not isinstance(row.get("prompt", ""), str) or not isinstance(
-                    row.get("messages", []), list
-                ):
+                if not isinstance(row.get("prompt", ""), str) or not isinstance(row.get("messages", []), list):
                     raise ValueError("'prompt' must be a text, and 'messages' a list")
                 if taken := row.keys() & ANSWER_FIELDS:
                     raise ValueError(f"the answer needs these names of fields: {sorted(taken)}")
@@ -63,9 +61,7 @@ def find_start(file: Path) -> int:
     return json.loads(last)["index"] + 1 if last else 0
 
 
-def answer(
-    call: Callable[..., list[RequestOutput]], prompts: list[Any], params: list[SamplingParams]
-) -> list[Row]:
+def answer(call: Callable[..., list[RequestOutput]], prompts: list[Any], params: list[SamplingParams]) -> list[Row]:
     """What is new in each row. Halves are tried apart until a prompt that cannot be run is alone."""
     try:
         outputs = call(prompts, params, use_tqdm=False)
@@ -86,15 +82,11 @@ def answer(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--model", default=DEMO_MODEL, help="folder or Hub id (default: the demo model)")
-    parser.add_argument(
-        "--chunk", type=int, default=256, help="rows between two writes (default: %(default)s)"
-    )
+    parser.add_argument("--chunk", type=int, default=256, help="rows between two writes (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=256, help="of each answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -60,9 +60,7 @@ def perplexity(llm: LLM, token_ids: list[int]) -> float:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="?", type=Path, default=PROJECT / "README.md", help="a file")
     parser.add_argument("--model", default=DEMO_MODEL, help="folder or Hub id (default: the demo model)")
     parser.add_argument("--window", type=int, default=64, help="tokens (default: %(default)s)")

@@ -101,9 +101,7 @@ def make_random(folder: str | Path, **changes: Any) -> GraniteForCausalLM:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", default="Why is the sky blue?")
     parser.add_argument("--model", help="folder or Hub id of a Granite model (default: a small random one)")
     args = parser.parse_args(argv)

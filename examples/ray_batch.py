@@ -117,11 +117,7 @@ def choose_pool(actors: int | None, tensor_parallel_size: int) -> Row:
             f"--actors {actors or 1} with --tensor-parallel-size {tensor_parallel_size} do not fit: "
             f"Ray's machines have {gpus} GPUs"
         )
-    return {
-        "num_cpus": 0,
-        "num_gpus": num_gpus,
-        "compute": ray.data.ActorPoolStrategy(size=actors or room),
-    }
+    return {"num_cpus": 0, "num_gpus": num_gpus, "compute": ray.data.ActorPoolStrategy(size=actors or room)}
 
 
 class Answerer:
@@ -167,9 +163,7 @@ def positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="a folder that is not there yet")
     parser.add_argument("--model", default=str(DEMO_MODEL), help="folder or Hub id (default: the demo model)")
@@ -181,9 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="another one draws other answers (default: 0)")
     parser.add_argument("--prompt-column", default="prompt", help="(default: %(default)s)")
     parser.add_argument("--answer-column", default="answer", help="(default: %(default)s)")
-    parser.add_argument(
-        "--llm-options", type=json.loads, default={}, help='more options of LLM: {"dtype": "float32"}'
-    )
+    parser.add_argument("--llm-options", type=json.loads, default={}, help='more options of LLM: {"dtype": "float32"}')
     args = parser.parse_args(argv)
     if args.model == str(DEMO_MODEL) and not DEMO_MODEL.is_dir():
         raise SystemExit("the demo model is not there: run `make demo` once, or name a model with --model")
@@ -236,9 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     if answers | {"errors": 0} != rows:
         raise RuntimeError(f"{unfinished} does not have every row once: {answers} of {rows}")
     unfinished.rename(args.output)
-    print(
-        f"{rows['rows']} rows, each answered once, {answers['errors']} of them with an error: {args.output}"
-    )
+    print(f"{rows['rows']} rows, each answered once, {answers['errors']} of them with an error: {args.output}")
 
 
 if __name__ == "__main__":

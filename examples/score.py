@@ -28,13 +28,9 @@ def log_probabilities(llm: LLM, texts: list[str], question: str = "") -> list[li
 
 
 def main(argv: list[str] | None = None) -> list[tuple[float, str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="+", metavar="text")
-    parser.add_argument(
-        "--question", default="", help="what comes before each text, and is not scored itself"
-    )
+    parser.add_argument("--question", default="", help="what comes before each text, and is not scored itself")
     parser.add_argument("--model", default=DEMO_MODEL, help="folder or Hub id (default: the demo model)")
     args = parser.parse_args(argv)
     if args.model == DEMO_MODEL and not DEMO_MODEL.is_dir():

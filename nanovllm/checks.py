@@ -47,9 +47,7 @@ def check_int(name: str, value: Any, minimum: int, maximum: float = math.inf, al
     return int(value)
 
 
-def check_float(
-    name: str, value: Any, minimum: float, maximum: float = math.inf, open_minimum: bool = False
-) -> float:
+def check_float(name: str, value: Any, minimum: float, maximum: float = math.inf, open_minimum: bool = False) -> float:
     """A finite number in [minimum, maximum], or in (minimum, maximum] if `open_minimum`."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number:

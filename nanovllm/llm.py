@@ -46,6 +46,7 @@ class LLM:
         tokenizer = self.config.tokenizer
         self._text = Text(self.engine.folder if tokenizer is None else resolve_model(tokenizer))
 
+    @no_full_collections()
     def generate(
         self,
         prompts: Prompt | Seq[Prompt],
@@ -78,7 +79,7 @@ class LLM:
         try:
             self._start(requests)
             num_done = 0
-            with _ProgressBar(len(requests), use_tqdm) as bar, no_full_collections():
+            with _ProgressBar(len(requests), use_tqdm) as bar:
                 while num_done < len(requests) and not self.engine.is_idle:
                     counts = self.engine.step()
                     num_new = collect({places[seq.request_id] for seq in self.engine.take_finished(places)})
@@ -111,9 +112,7 @@ class LLM:
             TypeError, ValueError: as `generate`; no chat template, or one that refuses the conversation.
         """
         if not isinstance(conversations, Seq) or isinstance(conversations, str):
-            raise TypeError(
-                f"conversations must be a list of messages or of conversations, got {conversations!r}"
-            )
+            raise TypeError(f"conversations must be a list of messages or of conversations, got {conversations!r}")
         tokenizer = self.tokenizer
         is_one = len(conversations) > 0 and isinstance(conversations[0], Mapping)
         options = {"add_generation_prompt": True} | template_options | {"tokenize": False}
@@ -132,9 +131,7 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(
-        self,
-        prompts: Prompt | Seq[Prompt],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
     ) -> Iterator[Increment]:
         """As `generate`, step by step: an iterator of what is new. Leaving it drops what is not finished."""
         return self._increments(self._make_requests(prompts, sampling_params, is_stream=True))
@@ -346,8 +343,7 @@ class LLM:
                 continue
             logprob, rank, values, ids = row
             found = {token_id: Logprob(logprob, rank, self._text.of_token(token_id))}
-            for i, (top_id, value) in enumerate(zip(ids, values, strict=True), start=1):
-                found[top_id] = Logprob(value, i, self._text.of_token(top_id))
+            found.update(zip(ids, map(Logprob, values, count(1), map(self._text.of_token, ids)), strict=True))
             candidates.append(found)
         return candidates
 
@@ -372,10 +368,6 @@ class _ProgressBar:
             seconds = time.perf_counter() - self.start
             prefill, decode = (num / seconds for num in self.total)
             kv_usage = engine.stats()["kv_cache_usage"]
-            rates = {
-                "prefill": f"{prefill:.0f}tok/s",
-                "decode": f"{decode:.0f}tok/s",
-                "KV": f"{kv_usage:.0%}",
-            }
+            rates = {"prefill": f"{prefill:.0f}tok/s", "decode": f"{decode:.0f}tok/s", "KV": f"{kv_usage:.0%}"}
             self.bar.set_postfix(rates, refresh=False)
             self.bar.update(num_finished)

@@ -37,9 +37,7 @@ def check_request(name: str, token_ids: list[int], vocab_size: int, max_len: int
         wrong = next(t for t in token_ids if not 0 <= t < vocab_size)
         raise ValueError(f"{name} has token id {wrong}; the vocabulary is [0, {vocab_size})")
     if len(token_ids) >= max_len:
-        raise ValueError(
-            f"{name} has {len(token_ids)} tokens; max_model_len={max_len} leaves no room for more"
-        )
+        raise ValueError(f"{name} has {len(token_ids)} tokens; max_model_len={max_len} leaves no room for more")
 
 
 def check_params(name: str, params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
@@ -62,9 +60,7 @@ def _as_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, str | dict):
         return [prompts]
     if not isinstance(prompts, Seq) or isinstance(prompts, bytes | bytearray):
-        raise TypeError(
-            f"prompts must be text, token ids, a dict or a list of these, got {type(prompts).__name__}"
-        )
+        raise TypeError(f"prompts must be text, token ids, a dict or a list of these, got {type(prompts).__name__}")
     is_one = len(prompts) > 0 and isinstance(prompts[0], Integral)
     return [prompts] if is_one else list(prompts)
 
@@ -75,9 +71,7 @@ def _as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
     if not isinstance(params, Seq) or not all(isinstance(p, SamplingParams) for p in params):
         raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {params!r}")
     if len(params) != num_prompts:
-        raise ValueError(
-            f"sampling_params has {len(params)} entries for {num_prompts} prompts; one for each is needed"
-        )
+        raise ValueError(f"sampling_params has {len(params)} entries for {num_prompts} prompts; one for each is needed")
     return list(params)
 
 

@@ -20,9 +20,7 @@ def check_biases(name: str, value: Any, also: str = "") -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a dict{also}, got {value!r}")
     return {
-        check_int(f"{name}, its token ids,", token_id, 0): check_float(
-            f"{name}[{token_id}]", bias, -100.0, 100.0
-        )
+        check_int(f"{name}, its token ids,", token_id, 0): check_float(f"{name}[{token_id}]", bias, -100.0, 100.0)
         for token_id, bias in value.items()
     }
 
@@ -94,9 +92,7 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         check_fields(self)
         if self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}"
-            )
+            raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}")
         if self.n > 1 and self.temperature == 0:
             raise ValueError(f"n must be 1 at temperature 0, where all completions are equal, got {self.n}")
         if self.stop and not self.detokenize:

@@ -1,6 +1,6 @@
 """Text: what the tokenizer knows, and the text of one completion as its tokens come."""
 
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from tokenizers.decoders import DecodeStream
@@ -17,7 +17,7 @@ class Text:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._texts: dict[int, str] = {}
+        self.of_token = cache(lambda token_id: self.decode([token_id]))
 
     @cached_property
     def has_tokenizer(self) -> bool:
@@ -27,9 +27,7 @@ class Text:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """ValueError if the folder has none."""
         if not self.has_tokenizer:
-            raise ValueError(
-                f"{str(self.folder)!r} has no tokenizer: pass prompts as token ids, or LLM(tokenizer=...)"
-            )
+            raise ValueError(f"{str(self.folder)!r} has no tokenizer: pass prompts as token ids, or LLM(tokenizer=...)")
         return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
     @cached_property
@@ -40,13 +38,6 @@ class Text:
         if not token_ids or not self.has_tokenizer:
             return ""
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-
-    def of_token(self, token_id: int) -> str:
-        """The text of one token alone."""
-        text = self._texts.get(token_id)
-        if text is None:
-            text = self._texts[token_id] = self.decode([token_id])
-        return text
 
 
 class Detokenizer:

@@ -14,11 +14,7 @@ if not torch.cuda.is_available():
     torch.set_num_threads(1)  # tiny models spend their time on handing out work
 
 DEMO_MODEL = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct"
-CONFIGS = {
-    "qwen3": transformers.Qwen3Config,
-    "qwen2": transformers.Qwen2Config,
-    "llama": transformers.LlamaConfig,
-}
+CONFIGS = {"qwen3": transformers.Qwen3Config, "qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 32,

@@ -108,9 +108,7 @@ def test_processors_come_in_order_after_the_rest_and_see_their_own_request(logit
         row[0] = 77.0  # in place
         return row
 
-    after = adjusted(
-        logits, make_sequence(), make_sequence(logits_processors=[two, three], logit_bias={2: 1.0})
-    )
+    after = adjusted(logits, make_sequence(), make_sequence(logits_processors=[two, three], logit_bias={2: 1.0}))
     assert calls[0][0] == COMPLETION
     assert calls[1][:2] == (PROMPT, COMPLETION)
     biased = logits[1].clone()

@@ -40,11 +40,7 @@ def test_auto_is_the_reference_for_heads_that_the_kernels_do_not_run(installed):
 
 @pytest.mark.parametrize(
     ("name", "there", "missing"),
-    [
-        ("triton", [], "triton"),
-        ("flash-attn", ["triton"], "flash-attn"),
-        ("flash-attn", ["flash_attn"], "triton"),
-    ],
+    [("triton", [], "triton"), ("flash-attn", ["triton"], "flash-attn"), ("flash-attn", ["flash_attn"], "triton")],
 )
 def test_a_package_that_is_not_installed_is_named(name, there, missing, installed):
     installed(*there)

@@ -131,9 +131,7 @@ KV_BYTES = 3 * 2 * 2 * 2 * 2  # layers, k and v, heads, head size, bytes
 
 def test_the_least_work_is_what_one_counts_by_hand():
     work = bench.least_work(TINY, prompt_lens=[4, 6], output_lens=[3, 1])
-    assert (
-        work.kv_bytes == (5 + 6) * KV_BYTES
-    )  # tokens 2 and 3 of the first request; the second one decodes nothing
+    assert work.kv_bytes == (5 + 6) * KV_BYTES  # tokens 2 and 3 of the first request; the second one decodes nothing
     assert work.weight_bytes == 3 * (LAYERS + 100 * 8) * 2
     assert work.prompt_flops == 2 * LAYERS * (4 + 6) + 3 * 2 * 2 * 4 * 2 * (4**2 + 6**2) // 2
     ceilings = bench.Ceilings(bytes_per_s=10.0, flop_per_s=100.0)
@@ -157,16 +155,7 @@ def test_classic_reads_13_9_terabytes_of_kv(tmp_path):
 
 def test_a_custom_run_ends_in_one_line_of_json(tiny_model, device, capsys):
     sizes = ["--num-seqs", 3, "--input-len", 4, 9, "--output-len", 2, 6, "--temperature", 0.5]
-    options = [
-        "--device",
-        device,
-        "--gpu-memory-utilization",
-        0.1,
-        "--max-num-seqs",
-        2,
-        "--max-model-len",
-        32,
-    ]
+    options = ["--device", device, "--gpu-memory-utilization", 0.1, "--max-num-seqs", 2, "--max-model-len", 32]
     report, table = run(capsys, "--model", tiny_model(**SMALL), *sizes, *options)
     assert {"settings", "hardware", "versions", "startup_seconds", "workloads"} <= report.keys()
     assert report["settings"]["max_num_seqs"] == 2
@@ -176,9 +165,7 @@ def test_a_custom_run_ends_in_one_line_of_json(tiny_model, device, capsys):
     workload = bench.Workload(3, (4, 9), (2, 6))
     assert custom["output_tokens"] == sum(lens(workload)[1])
     assert custom["prompt_tokens"] == sum(lens(workload)[0])
-    assert custom["best"]["seconds"] == custom["passes"]["seconds"][1], (
-        "the first of two passes is no headline"
-    )
+    assert custom["best"]["seconds"] == custom["passes"]["seconds"][1], "the first of two passes is no headline"
     columns = {"seconds", "output_tok_per_s", "prompt_tok_per_s"}
     if device == "cuda":
         columns |= {"share_of_limit", "gpu_busy_share"}
@@ -200,9 +187,7 @@ def test_named_workloads_share_one_llm(tiny_model, capsys, monkeypatch):
     report, _ = run(capsys, "--model", tiny_model(**SMALL), *args)
     assert len(made) == 1
     assert {name: made[0][name] for name in bench.OPTIONS_FOR_ALL} == bench.OPTIONS_FOR_ALL
-    assert not {"attention_backend", "kvcache_block_size"} & made[0].keys(), (
-        "left to LLM unless they are given"
-    )
+    assert not {"attention_backend", "kvcache_block_size"} & made[0].keys(), "left to LLM unless they are given"
     assert list(report["workloads"]) == ["prefix", "single"]
     assert report["workloads"]["prefix"]["prompt_tokens"] == 2 * 45
     assert len(report["workloads"]["single"]["passes"]["seconds"]) == 1
@@ -227,9 +212,7 @@ def test_what_watches_a_pass_leaves_the_llm_as_it_was(tiny_model):
     assert sum(turn.counts.num_decode_tokens for turn in trace.turns) == 2 * (3 - 1)
 
 
-@pytest.mark.parametrize(
-    "args", [["--passes", "0"], ["--workload", "single", "--num-seqs", "2"], ["--workload", "x"]]
-)
+@pytest.mark.parametrize("args", [["--passes", "0"], ["--workload", "single", "--num-seqs", "2"], ["--workload", "x"]])
 def test_arguments_that_cannot_be_honoured_are_refused(args, capsys):
     with pytest.raises(SystemExit):
         bench.parse_args(args)

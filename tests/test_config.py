@@ -73,11 +73,7 @@ ACCEPTED_VALUES: dict[str, list[Any]] = {
 
 
 def cases(table: dict[str, list[Any]]) -> list[Any]:
-    return [
-        pytest.param(name, value, id=f"{name}={value!r}")
-        for name, values in table.items()
-        for value in values
-    ]
+    return [pytest.param(name, value, id=f"{name}={value!r}") for name, values in table.items() for value in values]
 
 
 @pytest.mark.parametrize("table", [WRONG_VALUES, ACCEPTED_VALUES])
@@ -166,12 +162,7 @@ def test_options_are_frozen() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "got"),
-    [
-        ("auto", torch.float16),
-        ("bfloat16", torch.bfloat16),
-        ("float32", torch.float32),
-        (torch.float32, torch.float32),
-    ],
+    [("auto", torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32), (torch.float32, torch.float32)],
 )
 def test_dtype_auto_is_the_checkpoints_and_any_other_wins_over_it(asked: Any, got: torch.dtype) -> None:
     assert Config(model="folder", dtype=asked).torch_dtype(torch.float16) is got
@@ -183,9 +174,7 @@ def test_device_auto_is_cuda_if_there_is_a_gpu(monkeypatch: Any, has_cuda: bool,
     assert Config(model="folder").torch_device == torch.device(device)
 
 
-@pytest.mark.parametrize(
-    ("num_gpus", "device", "is_there"), [(0, "cuda", 0), (1, "cuda:1", 0), (2, "cuda:1", 1)]
-)
+@pytest.mark.parametrize(("num_gpus", "device", "is_there"), [(0, "cuda", 0), (1, "cuda:1", 0), (2, "cuda:1", 1)])
 def test_a_cuda_device_must_be_there(monkeypatch: Any, num_gpus: int, device: str, is_there: int) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     if is_there:
@@ -265,12 +254,7 @@ def test_architectures_differ_in_flags(hf: Any, flags: set[str]) -> None:
     assert {name for name in every if getattr(config, name)} == flags
 
 
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -309,8 +293,7 @@ def test_head_dim_is_the_share_of_a_head_where_none_is_given(given: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("given", "dtype"),
-    [("float16", torch.float16), (torch.bfloat16, torch.bfloat16), (None, torch.float32)],
+    ("given", "dtype"), [("float16", torch.float16), (torch.bfloat16, torch.bfloat16), (None, torch.float32)]
 )
 def test_dtype_is_read_as_a_name_or_as_a_dtype_and_is_float32_where_there_is_none(
     given: Any, dtype: torch.dtype
@@ -323,19 +306,13 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 16}
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "mistral": (MistralConfig(**TINY), "model_type .*'mistral'"),
     "mixture of experts": (Qwen3MoeConfig(**TINY), "model_type .*'qwen3_moe'"),
-    "classifier": (
-        new_config(architectures=["LlamaForSequenceClassification"]),
-        "'LlamaForSequenceClassification'",
-    ),
+    "classifier": (new_config(architectures=["LlamaForSequenceClassification"]), "'LlamaForSequenceClassification'"),
     "quantised": (new_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised .*gptq"),
     "gelu": (new_config(hidden_act="gelu"), "activation 'gelu'"),
     "int8": (new_config(dtype="int8"), "dtype of the checkpoint .*torch.int8"),
     "float8": (old_config(torch_dtype="float8_e4m3fn"), "dtype of the checkpoint .*float8_e4m3fn"),
     "dynamic rope": (old_config(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope scaling 'dynamic'"),
-    "longrope": (
-        old_config(rope_scaling={"rope_type": "longrope", "factor": 2.0}),
-        "rope scaling 'longrope'",
-    ),
+    "longrope": (old_config(rope_scaling={"rope_type": "longrope", "factor": 2.0}), "rope scaling 'longrope'"),
     "no factor": (old_config(rope_scaling={"type": "linear"}), r"'linear': missing \['factor'\]"),
     "no low_freq_factor": (
         old_config(rope_scaling={**LLAMA3, "rope_type": "llama3", "low_freq_factor": None}),
@@ -434,9 +411,7 @@ def test_a_folders_config_is_what_was_saved_there(tmp_path: Path, hf: Any) -> No
 
 
 def test_the_old_spelling_is_read_from_a_folder_too(tmp_path: Path) -> None:
-    old = vars(
-        old_config(rope_scaling={"type": "linear", "factor": 2.0}, torch_dtype="bfloat16", eos_token_id=2)
-    )
+    old = vars(old_config(rope_scaling={"type": "linear", "factor": 2.0}, torch_dtype="bfloat16", eos_token_id=2))
     (tmp_path / "config.json").write_text(json.dumps(old))
     expected = ModelConfig.from_hf(new_config({"rope_type": "linear", "factor": 2.0}, eos_token_id=2))
     assert ModelConfig.from_folder(tmp_path, ModelConfig.from_hf) == expected

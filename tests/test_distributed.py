@@ -62,9 +62,7 @@ def is_ours(process: psutil.Process) -> bool:
 def no_process_is_left():
     yield
     children = psutil.Process().children(recursive=True)
-    ours = [
-        child for child in children if "nanovllm" in " ".join(child.cmdline())
-    ]  # a compiler may keep its own
+    ours = [child for child in children if "nanovllm" in " ".join(child.cmdline())]  # a compiler may keep its own
     _, alive = psutil.wait_procs(ours, timeout=20)
     assert [process.cmdline() for process in alive] == []
 
@@ -116,9 +114,7 @@ def run_all(llm: LLM) -> list:
         ),  # 2 key-value heads, each on two ranks; a vocabulary that 4 does not divide
         ("qwen2", 2, {"num_key_value_heads": 4, "tie_word_embeddings": True}, {"async_scheduling": False}),
         pytest.param("qwen3", 4, {}, PREEMPTS, marks=pytest.mark.slow),
-        pytest.param(
-            "llama", 2, {"attention_bias": True, "mlp_bias": True}, PREEMPTS, marks=pytest.mark.slow
-        ),
+        pytest.param("llama", 2, {"attention_bias": True, "mlp_bias": True}, PREEMPTS, marks=pytest.mark.slow),
         pytest.param("qwen2", 4, {}, PREEMPTS, marks=pytest.mark.slow),
     ],
 )
@@ -136,18 +132,11 @@ def test_the_tokens_of_one_rank(family, size, changes, options, tiny_model):
     assert bool(found[-1]) == (options is PREEMPTS)
 
 
-needs_two = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-]
+needs_two = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param("qwen3", marks=needs_two), pytest.param("llama", marks=needs_two)]
-)
-@pytest.mark.parametrize(
-    "options", [PREEMPTS, {}, {"enforce_eager": True}], ids=["preempts", "graphs", "eager"]
-)
+@pytest.mark.parametrize("family", [pytest.param("qwen3", marks=needs_two), pytest.param("llama", marks=needs_two)])
+@pytest.mark.parametrize("options", [PREEMPTS, {}, {"enforce_eager": True}], ids=["preempts", "graphs", "eager"])
 def test_gpus_give_the_tokens_of_one(family, options, tiny_model):
     found = []
     for size in (1, 2):
@@ -167,9 +156,7 @@ def test_a_rank_with_less_memory(device, tiny_model):
     held = torch.empty(total // 2, dtype=torch.uint8, device="cuda:1")
     with new_llm(tiny_model("qwen3"), 2, gpu_memory_utilization=0.3, **options) as llm:
         assert len(llm.generate([[1, 2]], PARAMS[0], use_tqdm=False)[0]["token_ids"]) == 12
-    with pytest.raises(
-        RuntimeError, match=r"(?s)rank 1 failed: ValueError: the KV cache would take .* are free"
-    ):
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1 failed: ValueError: the KV cache would take .* are free"):
         new_llm(tiny_model("qwen3"), 2, gpu_memory_utilization=0.9, **options)
     del held
 
@@ -276,9 +263,7 @@ def test_torchrun(tiny_model, tmp_path):
     folder = tiny_model("qwen3")
     script = tmp_path / "script.py"
     script.write_text(
-        SCRIPT.replace(
-            "llm = LLM", "LLM(sys.argv[1], tensor_parallel_size=2, device='cpu').close()\nllm = LLM"
-        )
+        SCRIPT.replace("llm = LLM", "LLM(sys.argv[1], tensor_parallel_size=2, device='cpu').close()\nllm = LLM")
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command = [*torchrun, str(script), str(folder)]
@@ -286,9 +271,7 @@ def test_torchrun(tiny_model, tmp_path):
     try:
         stdout, stderr = process.communicate(timeout=200)
     finally:  # were they stuck, they would outlive torchrun
-        for left in (
-            [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []
-        ):
+        for left in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
             left.kill()
     assert process.returncode == 0, stderr
     with new_llm(folder, 1) as llm:

@@ -187,9 +187,7 @@ def test_chat_asks_with_the_whole_conversation(chat_model, monkeypatch, capsys):
 def test_chat_leaves_out_the_oldest_turns(chat_model):
     """Of three turns of 100 tokens and a question one turn is left in 256 tokens, of which 100 are the answer's."""
     make_prompt = load_example("chat").make_prompt
-    turns = [
-        {"role": role, "content": f"{i} " + "word " * 50} for i in "123" for role in ("user", "assistant")
-    ]
+    turns = [{"role": role, "content": f"{i} " + "word " * 50} for i in "123" for role in ("user", "assistant")]
     turns += question("And now?")
     with LLM(chat_model, use_tqdm=False) as llm:
         text = llm.tokenizer.decode(prompt := make_prompt(llm, question("Hm"), turns, max_tokens=100))
@@ -277,9 +275,7 @@ def test_best_of_n_is_the_likeliest(chat_model, capsys):
     asked = "Name a colour."
     ranked = best_of_n.main([asked, "--n", "6", "--max-tokens", "10", "--model", str(chat_model)])
     with LLM(chat_model, use_tqdm=False) as llm:
-        prompt = llm.tokenizer.apply_chat_template(
-            question(asked), add_generation_prompt=True, return_dict=False
-        )
+        prompt = llm.tokenizer.apply_chat_template(question(asked), add_generation_prompt=True, return_dict=False)
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
         means = []
         for completion in ranked:
@@ -322,9 +318,7 @@ def windowed_logits(model, token_ids, window, num_sinks):
         mask[query, : min(num_sinks, query + 1)] = True
     bias = torch.zeros(mask.shape, device=model.device).masked_fill(~mask, torch.finfo(torch.float32).min)
     with torch.inference_mode():
-        return model(torch.tensor([token_ids], device=model.device), attention_mask=bias[None, None]).logits[
-            0
-        ]
+        return model(torch.tensor([token_ids], device=model.device), attention_mask=bias[None, None]).logits[0]
 
 
 @pytest.mark.parametrize(("window", "num_sinks", "options"), [(128, 0, {}), (1, 128, CHUNKS)])
@@ -378,9 +372,7 @@ def own_model():
 
 
 @pytest.mark.parametrize("options", [{}, CHUNKS])
-@pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}]
-)
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}])
 def test_own_model_equals_transformers(own_model, tmp_path, device, changes, options):
     model = own_model.make_random(tmp_path, **changes).to(device)
     for name, parameter in model.named_parameters():

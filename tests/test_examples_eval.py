@@ -116,11 +116,7 @@ def test_lm_eval_gives_the_scores_of_its_transformers_model(harness, demo_model,
     }
     perplexity = scores.pop(("facts_text", "word_perplexity"))
     assert perplexity[0] == pytest.approx(perplexity[1], rel=1e-4)
-    assert scores.keys() == {
-        ("facts_choice", "acc"),
-        ("facts_choice", "acc_norm"),
-        ("facts_answer", "exact_match"),
-    }
+    assert scores.keys() == {("facts_choice", "acc"), ("facts_choice", "acc_norm"), ("facts_answer", "exact_match")}
     assert all(score == their_score and 0.3 < score < 0.9 for score, their_score in scores.values())
 
     for task in ours["samples"]:
@@ -143,13 +139,7 @@ def test_lm_eval_cuts_what_is_too_long_as_its_transformers_model_does(harness, d
     template = "<|im_start|>user\nWhat is two and two?<|im_end|>\n<|im_start|>assistant\n"
     count = "One, two, three,"
     requests = {
-        "loglikelihood": [
-            (story, " past."),
-            ("", "Once"),
-            (count, " four"),
-            (count, " and"),
-            (count, story[:60]),
-        ],
+        "loglikelihood": [(story, " past."), ("", "Once"), (count, " four"), (count, " and"), (count, story[:60])],
         "loglikelihood_rolling": [(story,), ("Once",), (story[:90],)],
         "generate_until": [
             (story, {"until": ["zebra", " grey"], "max_gen_toks": 12}),

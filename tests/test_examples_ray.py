@@ -69,15 +69,7 @@ def refused(ray_batch, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(ray_batch.ray, "init", lambda **_: pytest.fail("Ray was started"))
         with pytest.raises(SystemExit) as exit:
             ray_batch.main(
-                [
-                    "--model",
-                    "unused",
-                    "--input",
-                    str(given["input"]),
-                    "--output",
-                    str(given["output"]),
-                    *options,
-                ]
+                ["--model", "unused", "--input", str(given["input"]), "--output", str(given["output"]), *options]
             )
         assert exit.value.code == 2
         assert not (tmp_path / "out.partial").exists()
@@ -113,9 +105,7 @@ def test_a_bad_parquet_file_is_named(refused, tmp_path):
     file = tmp_path / "in.parquet"
     pq.write_table(pa.table({"text": ["a"], "n": [1]}), file)
     assert "in.parquet, row 0: there is no column 'prompt' among ['text', 'n']" in refused(input=file)
-    assert "in.parquet, row 0: column 'n' must be a text, got 1" in refused(
-        "--prompt-column", "n", input=file
-    )
+    assert "in.parquet, row 0: column 'n' must be a text, got 1" in refused("--prompt-column", "n", input=file)
     pq.write_table(pa.table({"prompt": ["a", None]}), file)
     assert "in.parquet, row 1: column 'prompt' must be a text, got None" in refused(input=file)
     file.write_bytes(b"no Parquet")
@@ -181,12 +171,7 @@ def test_the_demo_model_is_asked_for(ray_batch, monkeypatch, tmp_path):
         ([8, 0, 4], None, 1, (12, 1)),
         ([8, 3], None, 4, (2, 4)),
         ([8, 3], 1, 2, (1, 2)),
-        (
-            [8, 3],
-            3,
-            4,
-            "--actors 3 with --tensor-parallel-size 4 do not fit: Ray's machines have [8, 3] GPUs",
-        ),
+        ([8, 3], 3, 4, "--actors 3 with --tensor-parallel-size 4 do not fit: Ray's machines have [8, 3] GPUs"),
         ([2, 2], None, 4, "do not fit"),  # a group of GPUs is in one machine
         ([0], None, 2, "do not fit"),
     ],
@@ -216,9 +201,7 @@ def test_an_answer_depends_on_its_row_alone(ray_batch, text_model, tmp_path):
 
     def answer(seed, *tables):
         args = Namespace(model=text_model, prompt_column="prompt", answer_column="said", seed=seed)
-        answerer = ray_batch.Answerer(
-            args, SamplingParams(temperature=0.8, max_tokens=5), {"use_tqdm": False}
-        )
+        answerer = ray_batch.Answerer(args, SamplingParams(temperature=0.8, max_tokens=5), {"use_tqdm": False})
         return [row for table in tables for row in ray_batch.rows_of(answerer(table))]
 
     together = answer(0, table)
@@ -226,18 +209,11 @@ def test_an_answer_depends_on_its_row_alone(ray_batch, text_model, tmp_path):
     for i, row in enumerate(together):
         new = {name: row.pop(name) for name in ("row_id", "said", "finish_reason", "error")}
         assert row == rows[i]
-        assert (
-            (new["error"] is None)
-            == (new["said"] is not None)
-            == (new["finish_reason"] == "length")
-            == (i != 4)
-        )
+        assert (new["error"] is None) == (new["said"] is not None) == (new["finish_reason"] == "length") == (i != 4)
         row |= new
     assert "301 tokens" in together[4]["error"]
     others = answer(1, table)
-    assert all(
-        row["said"] != other["said"] for row, other in zip(together, others) if row["said"] is not None
-    )
+    assert all(row["said"] != other["said"] for row, other in zip(together, others) if row["said"] is not None)
 
 
 # runs

@@ -119,9 +119,7 @@ print([sample.token_ids for sample in output.outputs])
 def test_a_seed_gives_the_same_tokens_in_another_process(llm):
     params = SamplingParams(n=3, seed=11, max_tokens=10, top_p=0.9, presence_penalty=0.5)
     script = [sys.executable, "-c", SCRIPT, str(llm.config.model)]
-    printed = subprocess.run(
-        script, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True
-    )
+    printed = subprocess.run(script, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == str(completions(llm, [[1, 2, 3]], params)[0])
 
 
@@ -135,9 +133,7 @@ def test_without_a_seed_two_calls_differ(llm):
 
 def test_greedy_with_repetition_penalty_is_that_of_transformers(demo):
     model = transformers.AutoModelForCausalLM.from_pretrained(demo.config.model, dtype=torch.float32)
-    prompts = [
-        demo.tokenizer(text)["input_ids"] for text in ("The capital of France is", "One two one two one")
-    ]
+    prompts = [demo.tokenizer(text)["input_ids"] for text in ("The capital of France is", "One two one two one")]
     outputs = demo.generate(prompts, greedy(40, repetition_penalty=1.2), use_tqdm=False)
     for prompt, output in zip(prompts, outputs):
         ids = torch.tensor([prompt])
@@ -182,9 +178,7 @@ def test_prompt_logprobs_are_those_of_transformers(budget, tiny_model):
 
 def test_prompt_logprobs_survive_a_preemption(tiny_model):
     params = [greedy(30, prompt_logprobs=1)] * 6
-    expected = [
-        o.prompt_logprobs for o in make_llm(tiny_model()).generate(PROMPTS[6:12], params, use_tqdm=False)
-    ]
+    expected = [o.prompt_logprobs for o in make_llm(tiny_model()).generate(PROMPTS[6:12], params, use_tqdm=False)]
     llm = make_llm(tiny_model(), kvcache_block_size=4, num_kvcache_blocks=34, max_num_batched_tokens=30)
     outputs = llm.generate(PROMPTS[6:12], params, use_tqdm=False)
     assert llm.stats()["num_preemptions"] > 0
@@ -196,9 +190,7 @@ def test_prompt_logprobs_survive_a_preemption(tiny_model):
 
 
 def test_prompt_logprobs_of_n_completions_are_computed_once(llm):
-    (output,) = llm.generate(
-        [PROMPTS[9]], SamplingParams(n=3, max_tokens=2, prompt_logprobs=0), use_tqdm=False
-    )
+    (output,) = llm.generate([PROMPTS[9]], SamplingParams(n=3, max_tokens=2, prompt_logprobs=0), use_tqdm=False)
     assert len(output.prompt_logprobs) == len(PROMPTS[9])
     assert len(output.outputs) == 3
 
@@ -214,10 +206,7 @@ def test_a_stop_string_is_found_across_tokens_and_cut_off(demo):
     for start, length in ((10, 9), (25, 1), (31, 12)):
         stop = text[start : start + length]
         first = text.index(stop)
-        params = [
-            greedy(40, stop=stop),
-            greedy(40, stop=["no such text", stop], include_stop_str_in_output=True),
-        ]
+        params = [greedy(40, stop=stop), greedy(40, stop=["no such text", stop], include_stop_str_in_output=True)]
         cut, kept = demo.generate([STORY] * 2, params, use_tqdm=False)
         assert cut["text"] == text[:first]
         assert kept["text"] == text[: first + length]
@@ -281,13 +270,9 @@ def test_logprobs_carry_the_tokens_texts(demo):
 
 def test_timings_are_in_order(demo):
     before = time.time()
-    outputs = demo.generate(
-        [STORY, "The"], SamplingParams(n=2, max_tokens=6, ignore_eos=True), use_tqdm=False
-    )
+    outputs = demo.generate([STORY, "The"], SamplingParams(n=2, max_tokens=6, ignore_eos=True), use_tqdm=False)
     for metrics in (output.metrics for output in outputs):
-        assert (
-            before <= metrics.arrival_time <= metrics.first_token_time < metrics.finished_time <= time.time()
-        )
+        assert before <= metrics.arrival_time <= metrics.first_token_time < metrics.finished_time <= time.time()
 
 
 # --- chat ------------------------------------------------------------------------------------------------------------
@@ -299,9 +284,7 @@ def test_chat_is_generate_on_the_rendered_template(demo):
         [{"role": "user", "content": "Hello!"}],
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}],
     ]
-    rendered = [
-        demo.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats
-    ]
+    rendered = [demo.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
     token_ids = [demo.tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
     outputs = demo.chat(chats, greedy(8), use_tqdm=False)
     assert [output.prompt for output in outputs] == rendered
@@ -316,12 +299,7 @@ def test_chat_passes_options_to_the_template(demo):
     chat = [{"role": "user", "content": "Hi"}]
     template = "{{ messages[0].content }}|{{ enable_thinking }}|{{ tools }}|{{ add_generation_prompt }}"
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    options = {
-        "chat_template": template,
-        "enable_thinking": False,
-        "add_generation_prompt": False,
-        "tools": tools,
-    }
+    options = {"chat_template": template, "enable_thinking": False, "add_generation_prompt": False, "tools": tools}
     (output,) = demo.chat(chat, greedy(1), use_tqdm=False, **options)
     assert output.prompt == f"Hi|False|{tools}|False"
     options = {"chat_template": template, "chat_template_kwargs": {"enable_thinking": True}}
@@ -411,9 +389,7 @@ def test_other_calls_may_come_between_the_increments_of_a_stream(llm):
     first = next(increments)
     other = llm.add_request([5], greedy(3))
     assert len(llm.generate([[4]], greedy(30), use_tqdm=False)[0]["token_ids"]) == 30
-    assert [request_id for request_id, _ in llm.step()[0]] == [other], (
-        "not the stream's, which are finished too"
-    )
+    assert [request_id for request_id, _ in llm.step()[0]] == [other], "not the stream's, which are finished too"
     assert collect([first, *increments]) == alone
 
 
@@ -427,9 +403,7 @@ def test_steps_end_beside_a_stream_that_another_call_finished(llm):
         if llm.is_finished():
             break
         results += llm.step()[0]
-    assert [request_id for request_id, _ in results] == [other, other], (
-        "the stream's are waited for, but not given"
-    )
+    assert [request_id for request_id, _ in results] == [other, other], "the stream's are waited for, but not given"
     assert llm.is_finished()
     collect(increments)
     assert_nothing_leaks(llm)
@@ -560,9 +534,7 @@ def test_a_processor_may_have_parameters_of_its_own(llm):
     params = [greedy(2, logits_processors=[f]) for f in (only, partial(only, token_id=9))]
     assert completions(llm, [[1], [1]], params) == [[[7, 7]], [[9, 9]]]
     early = greedy(6, min_tokens=3, stop_token_ids=[7], logits_processors=[only])
-    assert completions(llm, [[1]], early) == [[[7] * 4]], (
-        "what a processor forces does not stop too early either"
-    )
+    assert completions(llm, [[1]], early) == [[[7] * 4]], "what a processor forces does not stop too early either"
 
 
 def test_a_processor_cannot_run_the_engine(llm):
@@ -666,9 +638,7 @@ def check_promises(prompt, params, output):
         else:
             assert sample.finish_reason == "length"
             assert len(token_ids) == params.max_tokens
-        assert [t for t in token_ids if t in stops] == (
-            [token_ids[-1]] if sample.finish_reason == "stop" else []
-        )
+        assert [t for t in token_ids if t in stops] == ([token_ids[-1]] if sample.finish_reason == "stop" else [])
         if params.allowed_token_ids:
             assert set(token_ids) <= set(params.allowed_token_ids)
         if params.logprobs is None:
@@ -680,9 +650,7 @@ def check_promises(prompt, params, output):
             assert token_id in candidates
             assert num_top <= len(candidates) <= num_top + 1
             assert sorted(c.rank for c in candidates.values())[:num_top] == list(range(1, num_top + 1))
-        assert sample.cumulative_logprob == pytest.approx(
-            sum(c[t].logprob for t, c in zip(token_ids, sample.logprobs))
-        )
+        assert sample.cumulative_logprob == pytest.approx(sum(c[t].logprob for t, c in zip(token_ids, sample.logprobs)))
 
 
 @pytest.fixture(scope="module")
@@ -700,9 +668,7 @@ def test_every_promise_of_every_parameter_holds(small, requests):
         if asked["temperature"] == 0:
             asked = asked | {"n": 1}
         asked["max_tokens"] = max(asked["max_tokens"], asked.get("min_tokens", 0))
-        if asked.get("min_tokens") and set(asked.get("allowed_token_ids", ())) <= set(
-            asked.get("stop_token_ids", ())
-        ):
+        if asked.get("min_tokens") and set(asked.get("allowed_token_ids", ())) <= set(asked.get("stop_token_ids", ())):
             asked.pop("allowed_token_ids", None)
         prompts.append(prompt)
         params.append(SamplingParams(**asked))

@@ -15,7 +15,9 @@ from nanovllm import LLM, SamplingParams
 
 pytestmark = needs_gpu
 GIB = 2**30
-HOLD_4_GIB = "import torch; x = torch.empty(4 * 2**30, dtype=torch.uint8, device='cuda'); print('held', flush=True); input()"
+HOLD_4_GIB = (
+    "import torch; x = torch.empty(4 * 2**30, dtype=torch.uint8, device='cuda'); print('held', flush=True); input()"
+)
 
 
 def free_memory():
@@ -25,9 +27,7 @@ def free_memory():
 
 
 def gpu_llm(folder, **options):
-    return make_llm(
-        folder, **({"device": "cuda", "num_kvcache_blocks": -1, "gpu_memory_utilization": 0.1} | options)
-    )
+    return make_llm(folder, **({"device": "cuda", "num_kvcache_blocks": -1, "gpu_memory_utilization": 0.1} | options))
 
 
 def pool_bytes(llm):
@@ -235,9 +235,7 @@ def test_sequences_shorter_than_the_padding(block_size, tiny_model):
     expected, ours = (
         [
             o["token_ids"]
-            for o in make_llm(tiny_model(), device=device, **options).generate(
-                prompts, params, use_tqdm=False
-            )
+            for o in make_llm(tiny_model(), device=device, **options).generate(prompts, params, use_tqdm=False)
         ]
         for device in ("cpu", "cuda")
     )

@@ -276,9 +276,7 @@ def test_least_kept(dtype, spread, device):
 def test_norm_and_rank(dtype, vocab_size, device):
     dtype = HALF[device] if dtype == "half" else dtype
     torch.manual_seed(0)
-    logits = (torch.randn(7, 2 * vocab_size) * 5).to(device, dtype)[
-        :, :vocab_size
-    ]  # rows need not be adjacent
+    logits = (torch.randn(7, 2 * vocab_size) * 5).to(device, dtype)[:, :vocab_size]  # rows need not be adjacent
     logits[1, ::2] = -torch.inf
     logits[2] = 0.0
     logits[3] += 30000.0

@@ -60,9 +60,7 @@ def test_every_form_of_prompt_is_the_same_request(demo_model):
         if not isinstance(form, tuple):
             outputs += llm.generate(form, greedy(6), use_tqdm=False)
     assert len(outputs) == 13
-    assert {(tuple(o.prompt_token_ids), o["text"]) for o in outputs} == {
-        (tuple(token_ids), outputs[0]["text"])
-    }
+    assert {(tuple(o.prompt_token_ids), o["text"]) for o in outputs} == {(tuple(token_ids), outputs[0]["text"])}
     assert [o.prompt for o in outputs[:7]] == [text, None, None, None, text, None, text]
 
 
@@ -142,38 +140,21 @@ WRONG_CALLS = [
         r"prompts\[1\] has 128 tokens.*max_model_len=128",
     ),
     ("no tokenizer", lambda llm: llm.generate("hello"), ValueError, "has no tokenizer"),
-    (
-        "params type",
-        lambda llm: llm.generate([[1]], {"temperature": 1}),
-        TypeError,
-        "sampling_params must be",
-    ),
+    ("params type", lambda llm: llm.generate([[1]], {"temperature": 1}), TypeError, "sampling_params must be"),
     ("params list type", lambda llm: llm.generate([[1]], [None]), TypeError, "sampling_params must be"),
-    (
-        "params count",
-        lambda llm: llm.generate([[1], [2]], [greedy(1)]),
-        ValueError,
-        "1 entries for 2 prompts",
-    ),
+    ("params count", lambda llm: llm.generate([[1], [2]], [greedy(1)]), ValueError, "1 entries for 2 prompts"),
     (
         "logprobs",
         lambda llm: llm.generate([[1]], greedy(1, logprobs=129)),
         ValueError,
         r"logprobs of prompts\[0\].*129",
     ),
-    (
-        "stop id",
-        lambda llm: llm.generate([[1]], greedy(1, stop_token_ids=[128])),
-        ValueError,
-        r"stop_token_ids.*128",
-    ),
+    ("stop id", lambda llm: llm.generate([[1]], greedy(1, stop_token_ids=[128])), ValueError, r"stop_token_ids.*128"),
     ("request", lambda llm: llm.add_request([2] * 500), ValueError, "max_model_len=128"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"), [c[1:] for c in WRONG_CALLS], ids=[c[0] for c in WRONG_CALLS]
-)
+@pytest.mark.parametrize(("call", "error", "message"), [c[1:] for c in WRONG_CALLS], ids=[c[0] for c in WRONG_CALLS])
 def test_wrong_calls_are_refused_before_anything_runs(call, error, message, llm):
     with pytest.raises(error, match=message):
         call(llm)
@@ -303,9 +284,7 @@ def fail_at(monkeypatch, owner, name, call, error):
     monkeypatch.setattr(owner, name, failing)
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("a kernel failed"), MemoryError(), KeyboardInterrupt()], ids=repr
-)
+@pytest.mark.parametrize("error", [RuntimeError("a kernel failed"), MemoryError(), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize(
     ("owner", "name"), [(ModelRunner, "forward"), (ModelRunner, "sample"), (SampledTokens, "result")]
 )
@@ -400,9 +379,7 @@ def test_progress_goes_to_stderr_and_can_be_turned_off(tiny_model, capfd):
     llm.generate(PROMPTS, greedy(4))
     out, err = capfd.readouterr()
     assert out == ""
-    assert all(
-        word in err for word in ("Loading weights", "Generating", "4/4", "prefill=", "decode=", "tok/s")
-    )
+    assert all(word in err for word in ("Loading weights", "Generating", "4/4", "prefill=", "decode=", "tok/s"))
 
 
 def test_the_log_says_how_memory_is_split(tiny_model, caplog):
@@ -451,9 +428,7 @@ def test_deleting_an_llm_frees_it_at_once(tiny_model):
 
 def test_several_llms_work_side_by_side(tiny_model):
     first, second = make_llm(tiny_model("qwen3")), make_llm(tiny_model("llama"), kvcache_block_size=4)
-    expected = [
-        llm.generate([PROMPTS[1]], greedy(9), use_tqdm=False)[0]["token_ids"] for llm in (first, second)
-    ]
+    expected = [llm.generate([PROMPTS[1]], greedy(9), use_tqdm=False)[0]["token_ids"] for llm in (first, second)]
     ids = [llm.add_request(PROMPTS[1], greedy(9)) for llm in (first, second)]
     results = [{}, {}]
     while not (first.is_finished() and second.is_finished()):

@@ -114,9 +114,7 @@ def load(folder: Path, **changes: Any) -> Decoder:
 
 
 def new_llm(folder: Path | str, **options: Any) -> LLM:
-    return LLM(
-        folder, **{"use_tqdm": False, "device": "cpu", "max_model_len": 64, "max_num_seqs": 4, **options}
-    )
+    return LLM(folder, **{"use_tqdm": False, "device": "cpu", "max_model_len": 64, "max_num_seqs": 4, **options})
 
 
 def complete(llm: LLM) -> list[int]:
@@ -146,9 +144,7 @@ def assert_same_parameters(decoder: nn.Module, expected: dict[str, Tensor]) -> N
     parameters = dict(decoder.named_parameters())
     assert parameters.keys() == expected.keys()
     for name, parameter in parameters.items():
-        torch.testing.assert_close(
-            parameter.data, expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(parameter.data, expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # ------------------------------------------------------------------------------------------------ what is filled
@@ -165,9 +161,7 @@ def test_every_parameter_is_filled_with_the_checkpoints_values(saved: Any, name:
 
 def test_llm_completes_with_the_checkpoints_weights(saved: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved(UNTIED))
-    tokens = model.generate(
-        torch.tensor([PROMPT]), do_sample=False, max_new_tokens=4, eos_token_id=-1, pad_token_id=0
-    )
+    tokens = model.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=4, eos_token_id=-1, pad_token_id=0)
     assert complete(new_llm(saved(UNTIED))) == tokens[0, len(PROMPT) :].tolist()
 
 
@@ -176,9 +170,7 @@ def test_a_tied_head_is_the_embedding_itself(saved: Any) -> None:
     assert decoder.lm_head.weight is decoder.embed_tokens.weight
 
 
-def test_a_tied_head_and_old_tables_of_frequencies_in_the_checkpoint_are_skipped(
-    saved: Any, tmp_path: Path
-) -> None:
+def test_a_tied_head_and_old_tables_of_frequencies_in_the_checkpoint_are_skipped(saved: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(saved(TIED), tmp_path / "model")
     expected = expected_parameters(new_decoder(folder), load_file(folder / WEIGHTS))
     more = {
@@ -204,9 +196,7 @@ def test_only_the_files_that_the_index_names_are_read(saved: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_float32_checkpoint_is_rounded_to_the_dtype_that_is_asked_for(
-    saved: Any, dtype: torch.dtype
-) -> None:
+def test_a_float32_checkpoint_is_rounded_to_the_dtype_that_is_asked_for(saved: Any, dtype: torch.dtype) -> None:
     rounded = {name: tensor.to(dtype) for name, tensor in load_file(saved(UNTIED) / WEIGHTS).items()}
     assert {tensor.dtype for tensor in load_file(saved(UNTIED) / WEIGHTS).values()} == {torch.float32}
     decoder = load(saved(UNTIED), dtype=dtype)
@@ -298,9 +288,7 @@ def test_a_tensor_that_does_not_fit_is_named(
 def test_of_many_missing_tensors_some_are_named_and_the_rest_counted(folder: Path) -> None:
     num_tensors = len(load_file(folder / WEIGHTS))
     edit(folder, lambda tensors: [tensors.pop(name) for name in list(tensors)])
-    with pytest.raises(
-        ValueError, match=rf"missing embed_tokens.weight, .* and {num_tensors - 8} more, unexpected"
-    ):
+    with pytest.raises(ValueError, match=rf"missing embed_tokens.weight, .* and {num_tensors - 8} more, unexpected"):
         load(folder)
 
 
@@ -320,9 +308,7 @@ def test_a_missing_shard_is_named_before_anything_is_read(saved: Any, tmp_path: 
     assert all(parameter.isnan().all() for parameter in decoder.parameters())
 
 
-@pytest.mark.parametrize(
-    "num_bytes", [0, 4, 100, -1], ids=["empty", "in the length", "in the header", "at the end"]
-)
+@pytest.mark.parametrize("num_bytes", [0, 4, 100, -1], ids=["empty", "in the length", "in the header", "at the end"])
 def test_a_truncated_file_is_named(folder: Path, num_bytes: int) -> None:
     file = folder / WEIGHTS
     file.write_bytes(file.read_bytes()[:num_bytes])
@@ -338,9 +324,7 @@ def test_a_damaged_index_is_named(folder: Path, content: str) -> None:
         load(folder)
 
 
-def test_an_empty_folder_has_no_config_and_one_with_a_config_alone_no_weights(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_an_empty_folder_has_no_config_and_one_with_a_config_alone_no_weights(folder: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match=f"'{re.escape(str(empty))}' has no config.json"):
@@ -413,12 +397,9 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: Any, hub: Any) 
 
 
 @pytest.mark.parametrize(
-    "model",
-    ["/no/such/folder", "./model", "../model", "~/no/such/folder", "model", "a/b/c", "a/b c", "https://a/b"],
+    "model", ["/no/such/folder", "./model", "../model", "~/no/such/folder", "model", "a/b/c", "a/b c", "https://a/b"]
 )
-def test_what_is_neither_a_folder_nor_a_hub_id_is_named_and_the_hub_is_not_asked(
-    hub: Any, model: str
-) -> None:
+def test_what_is_neither_a_folder_nor_a_hub_id_is_named_and_the_hub_is_not_asked(hub: Any, model: str) -> None:
     hub(no_download)
     with pytest.raises(ValueError, match=f"model '{re.escape(model)}' is neither a folder nor a Hub id"):
         new_llm(model)
@@ -478,19 +459,13 @@ def test_the_revision_option_reaches_the_hub_and_the_fetched_folder_is_loaded(sa
     assert revisions == ["abc"]
 
 
-@pytest.mark.parametrize(
-    "error", [OSError("no network"), ValueError("no network"), RuntimeError("no network")]
-)
-def test_a_failed_download_is_a_value_error_that_names_the_id_and_the_reason(
-    hub: Any, error: Exception
-) -> None:
+@pytest.mark.parametrize("error", [OSError("no network"), ValueError("no network"), RuntimeError("no network")])
+def test_a_failed_download_is_a_value_error_that_names_the_id_and_the_reason(hub: Any, error: Exception) -> None:
     def download(*_: Any, **__: Any) -> str:
         raise error
 
     hub(download)
-    with pytest.raises(
-        ValueError, match=r"'owner/name' .*cannot be fetched from the Hub: no network"
-    ) as refused:
+    with pytest.raises(ValueError, match=r"'owner/name' .*cannot be fetched from the Hub: no network") as refused:
         new_llm("owner/name")
     assert refused.value.__cause__ is error
 
@@ -563,9 +538,7 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 
 def new_linear(bias: bool, merged: bool, dtype: torch.dtype) -> Linear:
     linear = (
-        ColumnParallelLinear(
-            32, {"a": Share(0, 16, 16), "b": Share(0, 8, 8), "c": Share(0, 8, 8)}, bias, dtype
-        )
+        ColumnParallelLinear(32, {"a": Share(0, 16, 16), "b": Share(0, 8, 8), "c": Share(0, 8, 8)}, bias, dtype)
         if merged
         else Linear(32, 32, bias, dtype)
     )

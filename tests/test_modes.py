@@ -34,9 +34,7 @@ MODES = {
     },
 }
 SHARED = [(5 * i + 3) % 128 for i in range(40)]
-PROMPTS = [
-    SHARED[:n] + [(11 * i + n) % 128 for i in range(m)] for n in (0, 7, 16, 40) for m in (1, 5, 22)
-] * 2
+PROMPTS = [SHARED[:n] + [(11 * i + n) % 128 for i in range(m)] for n in (0, 7, 16, 40) for m in (1, 5, 22)] * 2
 
 
 def discourage_repeats(token_ids, logits):
@@ -72,8 +70,7 @@ PARAMS = [
 def make_llm(folder, **options):
     """An LLM with small defaults; on the CPU unless the options say otherwise."""
     return LLM(
-        folder,
-        **({"max_model_len": 128, "device": "cpu", "use_tqdm": False, "num_kvcache_blocks": 400} | options),
+        folder, **({"max_model_len": 128, "device": "cpu", "use_tqdm": False, "num_kvcache_blocks": 400} | options)
     )
 
 
@@ -153,11 +150,7 @@ def test_every_eos_token_stops(tiny_model, device):
         for overlapped in (True, False):
             llm = make_llm(folder, device=device, async_scheduling=overlapped)
             (output,) = llm.generate([SHARED], SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)
-            assert (output["token_ids"], output["finish_reason"], output["stop_reason"]) == (
-                cut,
-                "stop",
-                None,
-            )
+            assert (output["token_ids"], output["finish_reason"], output["stop_reason"]) == (cut, "stop", None)
             assert_nothing_leaks(llm)
 
 
@@ -188,9 +181,7 @@ def test_random_workloads_give_the_tokens_of_each_request_alone(
     """Shared prefixes, stops, chunks, tiny pools, few rows: same tokens, no leaked block or row."""
     prompts = [SHARED[:shared] + [(7 * i + own) % 128 for i in range(own)] for shared, own, *_ in workload]
     params = [
-        SamplingParams(
-            temperature=t, max_tokens=max(n, m), seed=s, stop_token_ids=stops, min_tokens=m, **extras
-        )
+        SamplingParams(temperature=t, max_tokens=max(n, m), seed=s, stop_token_ids=stops, min_tokens=m, **extras)
         for _, _, n, s, t, stops, m, extras in workload
     ]
     llm = make_llm(
@@ -214,6 +205,4 @@ def test_random_workloads_give_the_tokens_of_each_request_alone(
 
 @pytest.fixture(scope="module")
 def oracle(tiny_model, device):
-    return make_llm(
-        tiny_model(), device=device, max_model_len=80, async_scheduling=False, enable_prefix_caching=False
-    )
+    return make_llm(tiny_model(), device=device, max_model_len=80, async_scheduling=False, enable_prefix_caching=False)

@@ -28,21 +28,9 @@ def installed(tmp_path_factory):
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = scratch.glob("*.whl")
     site = scratch / "site"
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(site),
-        str(wheel),
-    ]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
-    assert all(name.startswith("nanovllm") for name in zipfile.ZipFile(wheel).namelist()), (
-        "nothing but the package"
-    )
+    assert all(name.startswith("nanovllm") for name in zipfile.ZipFile(wheel).namelist()), "nothing but the package"
     return site
 
 
@@ -66,8 +54,6 @@ def test_the_wheel_has_every_module_and_each_imports(installed, tmp_path):
 
 def test_importing_needs_neither_triton_nor_flash_attn(installed, tmp_path):
     """They are Linux's and the GPU's: the CPU path runs without them."""
-    code = (
-        "import sys; sys.modules['triton'] = sys.modules['flash_attn'] = None; import nanovllm; nanovllm.LLM"
-    )
+    code = "import sys; sys.modules['triton'] = sys.modules['flash_attn'] = None; import nanovllm; nanovllm.LLM"
     result = run_python(code, installed, tmp_path)
     assert result.returncode == 0, result.stderr

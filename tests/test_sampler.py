@@ -8,14 +8,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 import nanovllm.layers.sampler
 from nanovllm import SamplingParams
-from nanovllm.layers.sampler import (
-    SamplingBatch,
-    gumbel_noise,
-    largest_by_groups,
-    least_kept,
-    logprobs,
-    pack_sampling,
-)
+from nanovllm.layers.sampler import SamplingBatch, gumbel_noise, largest_by_groups, least_kept, logprobs, pack_sampling
 
 COMBINATIONS = {
     "plain": {},
@@ -48,9 +41,7 @@ def make_batch(params, vocab_size):
 def sample(logits, batch):
     last_token = torch.full((len(batch.sampling),), -1, dtype=torch.int32)
     token_ids = nanovllm.layers.sampler.sample(logits, batch, last_token)
-    assert (last_token[batch.rows.long()] == token_ids).all() or len(set(batch.rows.tolist())) < len(
-        batch.rows
-    )
+    assert (last_token[batch.rows.long()] == token_ids).all() or len(set(batch.rows.tolist())) < len(batch.rows)
     return token_ids
 
 
@@ -81,18 +72,14 @@ def test_frequencies_match_the_exact_distribution(combination):
     counts = torch.bincount(sample(logits.expand(num_draws, -1), batch), minlength=24).double()
     kept = expected > 0
     assert counts[~kept].sum() == 0
-    assert (
-        scipy.stats.chisquare(counts[kept], expected[kept] / expected[kept].sum() * num_draws).pvalue > 1e-4
-    )
+    assert scipy.stats.chisquare(counts[kept], expected[kept] / expected[kept].sum() * num_draws).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_kept_tokens_are_those_of_transformers(combination):
     params = SamplingParams(**COMBINATIONS[combination])
     logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(5)) * 3
-    kept = logits.masked_fill(
-        logits < least_kept(logits, make_batch([params] * 64, 1000))[:, None], -torch.inf
-    )
+    kept = logits.masked_fill(logits < least_kept(logits, make_batch([params] * 64, 1000))[:, None], -torch.inf)
     probabilities = (kept / params.temperature).softmax(-1)
     torch.testing.assert_close(probabilities, expected_probabilities(logits, params))
 
@@ -153,9 +140,7 @@ def test_noise_is_gumbel_and_always_finite():
     assert scipy.stats.kstest(noise[:, ::97].flatten().numpy(), "gumbel_r").pvalue > 1e-3
     columns = noise[:, :2000].double()
     assert torch.corrcoef(columns).fill_diagonal_(0).abs().max() < 0.12, "rows are independent"
-    assert torch.corrcoef(noise.double()[:, :400].t()).fill_diagonal_(0).abs().mean() < 0.15, (
-        "columns are too"
-    )
+    assert torch.corrcoef(noise.double()[:, :400].t()).fill_diagonal_(0).abs().mean() < 0.15, "columns are too"
 
 
 def test_noise_never_changes():

@@ -62,11 +62,7 @@ EDGE_VALUES: dict[str, list[Any]] = {
 
 
 def cases(table: dict[str, list[Any]]) -> list[Any]:
-    return [
-        pytest.param(name, value, id=f"{name}={value!r}")
-        for name, values in table.items()
-        for value in values
-    ]
+    return [pytest.param(name, value, id=f"{name}={value!r}") for name, values in table.items() for value in values]
 
 
 @pytest.mark.parametrize("table", [WRONG_VALUES, EDGE_VALUES])

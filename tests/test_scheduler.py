@@ -46,9 +46,7 @@ class FakeDevice:
         contexts = []
         for seq, start, num_tokens, _, is_sampled in scheduled(step):
             entries = [self.slots[self.slot(seq.row, p)] for p in range(start + num_tokens)]
-            assert [p for p, _ in entries] == list(range(start + num_tokens)), (
-                "a slot holds another position's KV"
-            )
+            assert [p for p, _ in entries] == list(range(start + num_tokens)), "a slot holds another position's KV"
             if is_sampled:
                 contexts.append([token for _, token in entries])
         return contexts

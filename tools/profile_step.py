@@ -28,9 +28,7 @@ SHOWN = 12
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3-0.6b", choices=SHAPES)
     parser.add_argument("--context", type=int, default=800, help="tokens of every row (default: %(default)s)")
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 64, 8])
@@ -71,9 +69,7 @@ def profile(engine: Any, num_rows: int, context: int) -> None:
             kernels[event.name].append(event.device_time_total)
     for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:SHOWN]:
         calls = len(times) / REPEATS
-        print(
-            f"  {sum(times) / REPEATS:9.1f} us = {calls:5.1f} x {sum(times) / len(times):7.2f}  {name[:80]}"
-        )
+        print(f"  {sum(times) / REPEATS:9.1f} us = {calls:5.1f} x {sum(times) / len(times):7.2f}  {name[:80]}")
 
 
 def decode_step(runner: Any, num_rows: int, context: int) -> Step:

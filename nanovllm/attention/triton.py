@@ -47,9 +47,7 @@ class TritonAttention(AttentionBackend):
         if device.type != "cuda" and not INTERPRETED.value:  # by Triton on the CPU, for tests
             raise ValueError(f"attention_backend='triton' needs a GPU, got device {str(device)!r}")
         if config.head_dim > MAX_HEAD_DIM:
-            raise ValueError(
-                f"attention_backend='triton' runs head sizes up to {MAX_HEAD_DIM}, got {config.head_dim}"
-            )
+            raise ValueError(f"attention_backend='triton' runs head sizes up to {MAX_HEAD_DIM}, got {config.head_dim}")
         self.num_kv_heads = config.num_kv_heads
         self.group = config.num_heads // config.num_kv_heads
         self.head_dim = config.head_dim

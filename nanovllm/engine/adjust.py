@@ -77,7 +77,5 @@ def _process(processor: LogitsProcessor, takes_prompt: bool, seq: Sequence, logi
     prompt = [seq.token_ids[: seq.num_prompt_tokens]] if takes_prompt else []
     processed = processor(*prompt, seq.completion_token_ids, logits)
     if not isinstance(processed, Tensor) or processed.shape != logits.shape:
-        raise TypeError(
-            f"logits_processors: {processor!r} must return logits {list(logits.shape)}, got {processed!r}"
-        )
+        raise TypeError(f"logits_processors: {processor!r} must return logits {list(logits.shape)}, got {processed!r}")
     return processed

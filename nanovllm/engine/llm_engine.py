@@ -150,9 +150,7 @@ class LLMEngine:
 
     def _new_scheduler(self) -> Scheduler:
         config = self.config
-        manager = BlockManager(
-            self._runner().num_blocks, self._runner().block_size, config.enable_prefix_caching
-        )
+        manager = BlockManager(self._runner().num_blocks, self._runner().block_size, config.enable_prefix_caching)
         budget = config.max_num_batched_tokens
         if config.torch_device.type == "cpu":
             budget = min(budget, CPU_STEP_TOKENS)

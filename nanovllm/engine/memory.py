@@ -57,10 +57,7 @@ def available_host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         try:
-            limit, usage = (
-                (cgroup / limit_file).read_text().strip(),
-                (cgroup / usage_file).read_text().strip(),
-            )
+            limit, usage = ((cgroup / limit_file).read_text().strip(), (cgroup / usage_file).read_text().strip())
         except OSError:
             continue
         if limit != "max":

@@ -201,8 +201,7 @@ class ModelRunner:
         with in_step(packed.to_bytes()) if in_step else nullcontext():
             logits, rows, positions, logprobs = self.run(packed)
         prompt_logprobs = [
-            PromptLogprobs(seq, start, tensors)
-            for (seq, start, _, _), tensors in zip(reads, logprobs, strict=True)
+            PromptLogprobs(seq, start, tensors) for (seq, start, _, _), tensors in zip(reads, logprobs, strict=True)
         ]
         return Launched(step.sampled, logits[: len(rows)], rows, positions, prompt_logprobs)
 
@@ -317,9 +316,7 @@ class ModelRunner:
         vocab_size = self.model_config.vocab_size
         sampling = [pack_sampling(seq.params, seq.seed, vocab_size) for seq in step.admitted]
         reads = self._prompt_reads(step.chunks)
-        read_rows = [
-            (row, end - i, self._num_top([seq.params.prompt_logprobs])) for seq, i, end, row in reads
-        ]
+        read_rows = [(row, end - i, self._num_top([seq.params.prompt_logprobs])) for seq, i, end, row in reads]
         read_tokens = [token_id for seq, start, end, _ in reads for token_id in seq.token_ids[start:end]]
         packed = PackedStep(
             decodes=decodes,
@@ -337,9 +334,7 @@ class ModelRunner:
         if len(rows):
             self.tables.sampling[rows] = sampling
 
-    def _logprobs(
-        self, special: list[tuple[int, Sequence]], logits: Tensor, token_ids: Tensor
-    ) -> tuple[Tensor, ...]:
+    def _logprobs(self, special: list[tuple[int, Sequence]], logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
         """Of the sequences that ask for them, as many as any of them asks for."""
         asking = [(i, seq.params.logprobs) for i, seq in special if seq.params.logprobs is not None]
         if not asking:
@@ -362,9 +357,7 @@ class ModelRunner:
             at += num_tokens
         return reads
 
-    def _read_prompts(
-        self, reads: list[list[int]], token_ids: Tensor, hidden: Tensor
-    ) -> list[tuple[Tensor, ...]]:
+    def _read_prompts(self, reads: list[list[int]], token_ids: Tensor, hidden: Tensor) -> list[tuple[Tensor, ...]]:
         """For each read of a PackedStep what `logprobs` says of its tokens."""
         found = []
         at = 0

@@ -118,9 +118,7 @@ class PackedStep(NamedTuple):
         return cls(*([np.frombuffer(data, np.int32).reshape(shape) for shape, data in g] for g in groups))
 
 
-def pack_decodes(
-    sequences: list[Sequence], context_lens: list[int], size: int, backend: AttentionBackend
-) -> HostBatch:
+def pack_decodes(sequences: list[Sequence], context_lens: list[int], size: int, backend: AttentionBackend) -> HostBatch:
     """Decode rows, filled up to `size` with rows of the trash sequence, whose one token is in block 0."""
     num_padding = size - len(sequences)
     rows = int32([seq.row for seq in sequences] + [0] * num_padding)

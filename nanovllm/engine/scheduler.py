@@ -35,9 +35,7 @@ class Step:
     context_lens: list[int] = field(default_factory=list)  # of the decodes, this step's token included
     chunks: list[ScheduledChunk] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
-    block_updates: list[tuple[int, int, int]] = field(
-        default_factory=list
-    )  # (row, index in its table, block)
+    block_updates: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index in its table, block)
 
     @property
     def sampled(self) -> list[Sequence]:
@@ -144,9 +142,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is seq:
                 return False
-        step.block_updates += [
-            (seq.row, i, seq.block_table[i]) for i in range(num_known, len(seq.block_table))
-        ]
+        step.block_updates += [(seq.row, i, seq.block_table[i]) for i in range(num_known, len(seq.block_table))]
         return True
 
     def _admits(self) -> bool:
@@ -163,9 +159,7 @@ class Scheduler:
             num_tokens = min(len(seq.token_ids) - num_cached, budget)
             num_new = -(-(num_cached + num_tokens) // manager.block_size) - len(cached)
             num_free = len(manager.free) - sum(manager.ref_counts[block] == 0 for block in cached)
-            if (
-                num_new + len(self.running) > num_free and self.running
-            ):  # leave each running one its next block
+            if num_new + len(self.running) > num_free and self.running:  # leave each running one its next block
                 return
             self.waiting.popleft()
             manager.share(seq, cached)

@@ -36,9 +36,7 @@ GRACE_SECONDS = 10  # for workers to say why they failed, and to exit
 class Workers:
     """Rank 0's side of the connections to the other ranks."""
 
-    def __init__(
-        self, store: dist.Store, connections: list[Connection], processes: list[subprocess.Popen[bytes]]
-    ):
+    def __init__(self, store: dist.Store, connections: list[Connection], processes: list[subprocess.Popen[bytes]]):
         self.store = store
         self.connections = connections  # of rank 1, 2 …
         self.processes = processes  # those that rank 0 has started

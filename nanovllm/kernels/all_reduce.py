@@ -29,16 +29,7 @@ def all_reduce(x: Tensor, memories: Tensor, turns: Tensor, stop: Tensor, rank: i
         capacity: bytes of an input at most, a multiple of 16.
     """
     all_reduce_kernel[(PROGRAMS,)](
-        x,
-        memories,
-        turns,
-        stop,
-        x.numel(),
-        capacity,
-        RANK=rank,
-        SIZE=len(memories),
-        BLOCK=BLOCK,
-        num_warps=16,
+        x, memories, turns, stop, x.numel(), capacity, RANK=rank, SIZE=len(memories), BLOCK=BLOCK, num_warps=16
     )
 
 

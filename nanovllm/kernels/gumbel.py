@@ -13,12 +13,7 @@ MAX_SPLITS = 128  # of a row
 
 
 def gumbel_max(
-    logits: Tensor,
-    least: Tensor | None,
-    rows: Tensor,
-    positions: Tensor,
-    sampling: Tensor,
-    last_token: Tensor,
+    logits: Tensor, least: Tensor | None, rows: Tensor, positions: Tensor, sampling: Tensor, last_token: Tensor
 ) -> Tensor:
     """Draw a token for each row of logits [S, vocabulary], whose sampling parameters are `sampling[rows]`, among those
     that are at least `least` [S] float32.

@@ -111,9 +111,7 @@ def merge_parts(
     for part in range(first_part, first_part + num_parts):
         at = part * (H_KV * G) + head
         lse = tl.load(partial_lse + at, mask=g < G, other=0.0, cache_modifier=".cg")
-        partial = tl.load(
-            partial_out + at[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg"
-        )
+        partial = tl.load(partial_out + at[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         new_max = tl.maximum(row_max, lse)
         shrink, weight = tl.exp2(row_max - new_max), tl.exp2(lse - new_max)
         acc = acc * shrink[:, None] + partial * weight[:, None]

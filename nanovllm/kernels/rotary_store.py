@@ -10,12 +10,7 @@ from nanovllm.layers.rotary import Rotary
 
 
 def norm_rotate_store(
-    qkv: Tensor,
-    norms: tuple[RMSNorm, RMSNorm] | None,
-    rotary: Rotary,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: Batch,
+    qkv: Tensor, norms: tuple[RMSNorm, RMSNorm] | None, rotary: Rotary, k_cache: Tensor, v_cache: Tensor, batch: Batch
 ) -> Tensor:
     """As `AttentionBackend.store`; q is done in place, in float32 to the end, and returned as a view of qkv."""
     num_tokens, num_heads, head_dim = qkv.shape

@@ -11,11 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 8192
-UNUSED_BITS = {
-    torch.float32: 0,
-    torch.float16: 13,
-    torch.bfloat16: 16,
-}  # of their values in float32, always 0
+UNUSED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of their values in float32, always 0
 
 
 def least_kept(logits: Tensor, rows: Tensor, sampling: Tensor) -> Tensor:

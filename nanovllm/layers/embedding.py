@@ -21,9 +21,7 @@ class ParallelEmbedding(nn.Module):
         super().__init__()
         self.share = vocabulary_share(vocab_size, group)
         self.group = group
-        self.weight = nn.Parameter(
-            torch.empty(self.share.size, hidden_size, dtype=dtype), requires_grad=False
-        )
+        self.weight = nn.Parameter(torch.empty(self.share.size, hidden_size, dtype=dtype), requires_grad=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         if not self.group.is_connected:

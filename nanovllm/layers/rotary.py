@@ -16,9 +16,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]
     if rope.type == "default":
         return rope.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim), 1.0
     scaling = {"rope_type": rope.type, **rope.parameters}
-    config = LlamaConfig(
-        hidden_size=head_dim, num_attention_heads=1, rope_theta=rope.theta, rope_scaling=scaling
-    )
+    config = LlamaConfig(hidden_size=head_dim, num_attention_heads=1, rope_theta=rope.theta, rope_scaling=scaling)
     return ROPE_INIT_FUNCTIONS[rope.type](config, torch.device("cpu"))
 
 

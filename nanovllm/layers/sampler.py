@@ -85,9 +85,7 @@ def least_kept(logits: Tensor, batch: SamplingBatch) -> Tensor:
     count = alive.sum(dim=-1)
     alive &= logits >= reaching(logits, alive.float(), torch.minimum(top_k, count)).unsqueeze(1)
     weights = weights.masked_fill(~alive, 0.0)
-    target = torch.where(
-        top_p < 1, top_p * weights.sum(dim=-1), torch.inf
-    )  # rounding must not cut the tail at 1
+    target = torch.where(top_p < 1, top_p * weights.sum(dim=-1), torch.inf)  # rounding must not cut the tail at 1
     alive &= logits >= reaching(logits, weights, target).unsqueeze(1)
     least = logits.masked_fill(~alive, torch.inf).amin(dim=-1)
     return torch.where(is_random, least, -torch.inf)

@@ -97,9 +97,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = ParallelEmbedding(config.vocab_size, config.hidden_size, config.dtype, group)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, max_len)
-        self.layers = nn.ModuleList(
-            self.layer_class(config, backend, group) for _ in range(config.num_layers)
-        )
+        self.layers = nn.ModuleList(self.layer_class(config, backend, group) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.dtype)
         self.lm_head = ParallelHead(config.hidden_size, config.vocab_size, config.dtype, group)
         if config.tie_word_embeddings:

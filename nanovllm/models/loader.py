@@ -40,9 +40,7 @@ def resolve_model(model: str | os.PathLike[str], revision: str | None = None) ->
     try:
         fetched = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns="*/*")
     except Exception as error:
-        raise ValueError(
-            f"model {name!r} is no folder and cannot be fetched from the Hub: {error}"
-        ) from error
+        raise ValueError(f"model {name!r} is no folder and cannot be fetched from the Hub: {error}") from error
     return Path(fetched)
 
 
