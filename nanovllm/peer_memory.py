@@ -63,10 +63,12 @@ class PeerMemory:
         all_reduce(x, self.addresses, self.turns, self.stop, self.rank, self.capacity)
 
     def close(self) -> None:
-        for address in self.opened:
-            self._call("cuIpcCloseMemHandle", address)
-        if self.own.value:
-            self._call("cuMemFree_v2", self.own)
+        """Whatever the driver says: after a failure it refuses everything."""
+        if self.driver is not None:
+            with torch.cuda.device(self.device):
+                for address in self.opened:
+                    self.driver.cuIpcCloseMemHandle(address)
+                self.driver.cuMemFree_v2(self.own)
 
     def _export(self) -> bytes:
         self.driver = ctypes.CDLL("libcuda.so.1")
