@@ -161,7 +161,7 @@ class LLMEngine:
             return StepCounts()
         step, sampled = self.in_flight
         self.in_flight = None
-        results = list(sampled.result())  # waits for them
+        results = sampled.result()  # waits for them
         if self.workers is not None:
             self.workers.check()
         self.finished.update((seq.seq_id, seq) for seq in self.scheduler.commit(results))

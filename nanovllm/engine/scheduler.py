@@ -7,7 +7,6 @@ Planning needs counts only, so step N+1 is planned while the tokens of step N ar
 
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,6 +21,10 @@ class ScheduledChunk(NamedTuple):
     start: int
     num_tokens: int
     is_sampled: bool  # it reaches the sequence's end, so that a new token is drawn
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
 
 
 @dataclass
@@ -88,16 +91,14 @@ class Scheduler:
             self._schedule_waiting(step, budget)
         return step if step.decodes or step.chunks else None
 
-    def commit(self, sampled: Iterable[tuple[Sequence, int, LogprobRow | None]]) -> list[Sequence]:
+    def commit(self, sampled: list[tuple[Sequence, int, LogprobRow | None]]) -> list[Sequence]:
         """Take the tokens that a step drew, with their log-probabilities; return the sequences that finished.
 
         A sequence that was finished before (aborted) is passed over.
         """
         finished: list[Sequence] = []
-        block_size = self.block_manager.block_size
-        results = list(sampled)  # waits for them
-        now = time.time()
-        for seq, token_id, logprobs in results:
+        block_size, now = self.block_manager.block_size, time.time()
+        for seq, token_id, logprobs in sampled:
             if seq.is_finished:
                 continue
             seq.append(token_id, logprobs, now)
