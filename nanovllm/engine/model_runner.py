@@ -56,7 +56,7 @@ class PromptRead(NamedTuple):
 class Launched(NamedTuple):
     """A step on its way to its logits, of its sampled sequences in order."""
 
-    sequences: list[Sequence]
+    step: Step
     prompt_reads: list[PromptRead]
     logits: Tensor  # [S, vocabulary]
     rows: Tensor  # [S] int32
@@ -68,7 +68,7 @@ class Launched(NamedTuple):
 class SampledTokens:
     """The tokens of a launched step, and log-probabilities that were asked for, on their way to the CPU."""
 
-    sequences: list[Sequence]
+    step: Step
     token_ids: Tensor  # [S]
     logprobs: Logprobs  # of the sequences that ask
     prompt_logprobs: list[tuple[PromptRead, Logprobs]]
@@ -85,7 +85,7 @@ class SampledTokens:
             seq.prompt_logprobs[start:end] = _rows(tensors)
         rows = _rows(self.logprobs)
         results = []
-        for seq, token_id in zip(self.sequences, self.token_ids.tolist(), strict=True):
+        for seq, token_id in zip(self.step.sampled, self.token_ids.tolist(), strict=True):
             row, num_top = None, seq.params.logprobs
             if num_top is not None:
                 logprob, rank, values, ids = next(rows)
@@ -102,10 +102,8 @@ def _read_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
 
 def _rows(tensors: Logprobs) -> Iterator[LogprobRow]:
     """What `logprobs` found, row by row. Tuples of numbers are nothing that the garbage collector goes on visiting."""
-    if not tensors:
-        return iter(())
-    own, ranks, top, top_ids = (tensor.tolist() for tensor in tensors)
-    return zip(own, ranks, map(tuple, top), map(tuple, top_ids), strict=True)
+    for logprob, rank, values, ids in zip(*(tensor.tolist() for tensor in tensors), strict=True):
+        yield logprob, rank, tuple(values), tuple(ids)
 
 
 def find_model(config: Config) -> tuple[Path, ModelConfig]:
@@ -128,23 +126,18 @@ class ModelRunner:
         self.group = group
         self.device = group.device
         memory = CudaMemory(self.device) if self.device.type == "cuda" else None
-        self.local_config = replace(  # what this rank has of each layer
-            model_config,
-            num_heads=group.share(model_config.num_heads).size,
-            num_kv_heads=group.share(model_config.num_kv_heads).size,
+        num_heads, self.num_kv_heads = (
+            group.share(n).size for n in (model_config.num_heads, model_config.num_kv_heads)
         )
-        self.backend = attention.select(
-            config.attention_backend, self.local_config, self.device, config.kvcache_block_size
-        )
+        local_config = replace(model_config, num_heads=num_heads, num_kv_heads=self.num_kv_heads)
+        self.backend = attention.select(config.attention_backend, local_config, self.device, config.kvcache_block_size)
         self.block_size = config.kvcache_block_size or self.backend.block_size
         self.max_len = min(config.max_model_len, model_config.max_len)
         self.head_rows = min(HEAD_ROWS, config.max_num_seqs)
         self.compiles = memory is not None and kernels.AVAILABLE and not config.enforce_eager
         num_positions = max(self.max_len, TOKEN_MULTIPLE)  # padding has positions too
         self.model = self._load_model(memory, folder, num_positions)
-        self.tables = DeviceTables(
-            config.max_num_seqs + 1, num_positions, self.block_size, config.max_num_batched_tokens, self.device
-        )
+        self.tables = DeviceTables(config, num_positions, self.block_size, self.device)
         sizes = graph_sizes(config.max_num_seqs) if self.compiles and self.backend.capturable else []
         self.graphs = DecodeGraphs(self._start_trash_decode, [])
         self.kv_cache = self._new_kv_cache(1)  # until it is known how many fit
@@ -158,7 +151,7 @@ class ModelRunner:
         reads = self._prompt_reads(step.chunks)
         packed = self._pack(step, reads)
         with in_step(packed.to_bytes()) if in_step else nullcontext():
-            return Launched(step.sampled, reads, *self.run(packed))
+            return Launched(step, reads, *self.run(packed))
 
     @torch.inference_mode()
     def run(self, packed: PackedStep) -> tuple[Tensor, Tensor, Tensor, list[Logprobs]]:
@@ -189,7 +182,8 @@ class ModelRunner:
 
         A sequence that the predecessor finished is sampled for nothing: its token is passed over.
         """
-        sequences, reads, raw_logits, rows, positions, prompt_logprobs = launched
+        step, reads, raw_logits, rows, positions, prompt_logprobs = launched
+        sequences = step.sampled
         token_ids = torch.empty(0, dtype=torch.int32)
         asked: Logprobs = ()
         if sequences:
@@ -197,19 +191,15 @@ class ModelRunner:
             logits = raw_logits
             if any(seq.adjusts_logits for _, seq in special):
                 logits = adjust(raw_logits, sequences, self._send)
-            batch = SamplingBatch(
-                self.tables.sampling,
-                rows,
-                positions,
-                is_random=any(seq.params.temperature > 0 for seq in sequences),
-                is_truncated=any(seq.params.is_truncated for _, seq in special),
-            )
+            is_random = any(seq.params.temperature > 0 for seq in sequences)
+            is_truncated = any(seq.params.is_truncated for _, seq in special)
+            batch = SamplingBatch(self.tables.sampling, rows, positions, is_random, is_truncated)
             token_ids = sample(logits, batch, self.tables.last_token)
             asked = self._logprobs(special, raw_logits, token_ids)
         token_ids, copied = token_ids.to("cpu", non_blocking=True), None
         if self.device.type == "cuda":
             copied = torch.cuda.current_stream(self.device).record_event()
-        return SampledTokens(sequences, token_ids, asked, list(zip(reads, prompt_logprobs, strict=True)), copied)
+        return SampledTokens(step, token_ids, asked, list(zip(reads, prompt_logprobs, strict=True)), copied)
 
     def close(self) -> None:
         """Before the group is aborted. The memory is given back when the runner is gone."""
@@ -323,8 +313,8 @@ class ModelRunner:
         It starts as zeros: a masked value still takes part in attention, and a NaN would spread. On the CPU they come from
         numpy, whose zeros take no memory until they are written, where PyTorch's take it all at once.
         """
-        c = self.local_config
-        shape = (c.num_layers, 2, num_blocks, self.block_size, c.num_kv_heads, c.head_dim)
+        c = self.model_config
+        shape = (c.num_layers, 2, num_blocks, self.block_size, self.num_kv_heads, c.head_dim)
         if self.device.type == "cpu":
             cache = torch.from_numpy(np.zeros((*shape, c.dtype.itemsize), np.uint8)).view(c.dtype).squeeze(-1)
         else:
@@ -371,7 +361,7 @@ class ModelRunner:
             launched = self.forward(step)
             for params in demands if self.group.rank == 0 else ():  # the others do not sample
                 seq = Sequence(0, [0], params, seed=0, max_tokens=1)
-                self.sample(launched._replace(sequences=[seq] * len(launched.sequences)))
+                self.sample(launched._replace(step=Step(decodes=[seq] * len(launched.rows))))
             del launched  # its logits are not there while the next step runs
             self.synchronize()
 

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nanovllm.attention import AttentionBackend
+from nanovllm.config import Config
 from nanovllm.engine.batch import INT, Batch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
@@ -63,10 +64,10 @@ def pack_batch(
 class DeviceTables:
     """What the device remembers between steps, by row (row 0 is trash), and the place where a step's arrays arrive."""
 
-    def __init__(self, num_rows: int, max_len: int, block_size: int, max_num_tokens: int, device: torch.device):
-        blocks_per_row = -(-max_len // block_size)
+    def __init__(self, config: Config, max_len: int, block_size: int, device: torch.device):
+        num_rows, blocks_per_row = config.max_num_seqs + 1, -(-max_len // block_size)
         # A row has 16 numbers and its attention plan, a token 3 and its plan, a new block-table entry 2.
-        capacity = num_rows * (40 + 2 * blocks_per_row) + max_num_tokens * 8 + 65536
+        capacity = num_rows * (40 + 2 * blocks_per_row) + config.max_num_batched_tokens * 8 + 65536
         zeros = partial(torch.zeros, dtype=torch.int32, device=device)
         self.block_size = block_size
         self.block_tables = zeros(num_rows, blocks_per_row)
