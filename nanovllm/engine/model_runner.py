@@ -24,8 +24,8 @@ from nanovllm.distributed import Group
 from nanovllm.engine.adjust import adjust
 from nanovllm.engine.batch import INT, KVCache
 from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_bytes, graph_sizes
-from nanovllm.engine.memory import GIB, CudaMemory, available_host_memory, check_weights_fit
-from nanovllm.engine.packing import TRASH, DeviceTables, PackedStep, int32, pack_batch
+from nanovllm.engine.memory import CudaMemory, available_host_memory, check_weights_fit, gib
+from nanovllm.engine.packing import TOKEN_MULTIPLE, TRASH, DeviceTables, PackedStep, int32, pack_batch
 from nanovllm.engine.scheduler import ScheduledChunk, Step
 from nanovllm.engine.sequence import LogprobRow, Sequence
 from nanovllm.layers.linear import Linear
@@ -36,8 +36,6 @@ from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-# Chunks are padded to a multiple of so many tokens where layers are compiled, which makes a variant for one token.
-TOKEN_MULTIPLE = 8
 HEAD_ROWS = 256  # of a prompt go through the head at once
 
 InStep = Callable[[bytes], AbstractContextManager[None]]  # `Workers.in_step`
@@ -126,9 +124,8 @@ class ModelRunner:
         self.group = group
         self.device = group.device
         memory = CudaMemory(self.device) if self.device.type == "cuda" else None
-        num_heads, self.num_kv_heads = (
-            group.share(n).size for n in (model_config.num_heads, model_config.num_kv_heads)
-        )
+        num_heads = group.share(model_config.num_heads).size
+        self.num_kv_heads = group.share(model_config.num_kv_heads).size
         local_config = replace(model_config, num_heads=num_heads, num_kv_heads=self.num_kv_heads)
         self.backend = attention.select(config.attention_backend, local_config, self.device, config.kvcache_block_size)
         self.block_size = config.kvcache_block_size or self.backend.block_size
@@ -155,7 +152,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, packed: PackedStep) -> tuple[Tensor, Tensor, Tensor, list[Logprobs]]:
-        """This rank's part of a step: what a `Launched` says beside the sequences. Logits mean something on rank 0 alone.
+        """This rank's part of a step: what a `Launched` says beside the step and its reads. Logits mean something on rank 0.
 
         Decode rows are a batch, and replayed; chunks are another.
         """
@@ -211,6 +208,7 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
 
     def _pack(self, step: Step, reads: list[PromptRead]) -> PackedStep:
+        """What all ranks must know of a step, its batches with padding."""
         chunks, num_padding = step.chunks, -step.num_prefill_tokens % TOKEN_MULTIPLE
         if num_padding and self.compiles:
             chunks = [*chunks, ScheduledChunk(TRASH, 0, num_padding, is_sampled=False)]
@@ -287,6 +285,7 @@ class ModelRunner:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _load_model(self, memory: CudaMemory | None, folder: Path, num_positions: int) -> Decoder:
+        """The model with its weights; ValueError, before it takes memory, if they do not fit."""
         config = self.config
         new_model = partial(config.model_class or Decoder, self.model_config, self.backend, self.group, num_positions)
         if memory:
@@ -340,9 +339,8 @@ class ModelRunner:
                 f"max_model_len={max_len} tokens takes {needed}; lower max_model_len, or give the pool more "
                 f"(num_kvcache_blocks, gpu_memory_utilization)"
             )
-        weights, pool = sum(p.nbytes for p in self.model.parameters()) / GIB, num_blocks * block_bytes / GIB
-        split = "weights %.2f GiB; KV pool %.2f GiB: %d blocks of %d tokens"
-        logger.info(split, weights, pool, num_blocks, block_size)
+        weights, pool = gib(sum(p.nbytes for p in self.model.parameters())), gib(num_blocks * block_bytes)
+        logger.info("weights %s; KV pool %s: %d blocks of %d tokens", weights, pool, num_blocks, block_size)
         return num_blocks
 
     def _run_largest_steps(self) -> None:

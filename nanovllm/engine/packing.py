@@ -15,7 +15,9 @@ from nanovllm.engine.batch import INT, Batch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
-TRASH = Sequence(0, [0] * 8, SamplingParams(), seed=0, max_tokens=1)  # padding: it has row 0 and block 0
+# Chunks are padded to a multiple of so many tokens where layers are compiled, which makes a variant for one token.
+TOKEN_MULTIPLE = 8
+TRASH = Sequence(0, [0] * TOKEN_MULTIPLE, SamplingParams(), seed=0, max_tokens=1)  # padding, in row 0 and block 0
 
 
 class PackedStep(NamedTuple):
