@@ -222,7 +222,7 @@ def test_what_the_largest_step_takes_is_left_free(tiny_model):
     sizes = {"max_num_batched_tokens": 16384, "max_num_seqs": 256, "max_model_len": 128}
     llm = gpu_llm(tiny_model(intermediate_size=8192, hidden_size=1024), **sizes)
     before = torch.cuda.mem_get_info()[0]
-    llm.engine.runner._run_largest_steps(llm.config, 128)
+    llm.engine.runner._run_largest_steps()
     total = torch.cuda.get_device_properties(0).total_memory
     assert before - torch.cuda.mem_get_info()[0] > 2**29, "the step takes so much that the test can fail"
     assert torch.cuda.memory_reserved() < 0.101 * total

@@ -18,14 +18,17 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max(2, max_num_seqs)]
 
 
-class DecodeGraphs:
-    """Captured decode steps. They share their memory: what one returns is gone when another is replayed."""
+StartDecode = Callable[[int], Callable[[], Tensor]]
 
-    def __init__(self, start: Callable[[int], Callable[[], Tensor]], sizes: list[int]):
+
+class DecodeGraphs:
+    """Captured decode steps, if there are any. They share their memory: what one returns is gone when another is replayed."""
+
+    def __init__(self, start: StartDecode, sizes: list[int]):
         """Capture what `start(size)` returns for each of the ascending sizes: it computes hidden states [size, hidden]."""
         self.sizes = sizes
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        pool = torch.cuda.graph_pool_handle()
+        pool = torch.cuda.graph_pool_handle() if sizes else None
         try:
             for size in reversed(sizes):  # the largest first: the others fit into its memory
                 decode = start(size)
@@ -39,8 +42,12 @@ class DecodeGraphs:
             self.close()
             raise
 
+    def __bool__(self) -> bool:
+        return bool(self.graphs)
+
     def size_for(self, num_rows: int) -> int:
-        return self.sizes[bisect_left(self.sizes, num_rows)]
+        """What so many rows are padded to; none stay none."""
+        return self.sizes[bisect_left(self.sizes, num_rows)] if self.sizes and num_rows else num_rows
 
     def replay(self, size: int) -> Tensor:
         graph, hidden = self.graphs[size]
@@ -51,3 +58,18 @@ class DecodeGraphs:
         """NCCL's communicators cannot be ended before graphs that use them."""
         for graph, _ in self.graphs.values():
             graph.reset()
+
+
+def graph_bytes(start: StartDecode, sizes: list[int], device: torch.device) -> int:
+    """What graphs of `sizes` will take: one of the largest its memory, which all share, and each a little more."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    taken = []
+    for few in (sizes[-1:], sizes[-3:]):
+        graphs = DecodeGraphs(start, few)
+        torch.cuda.empty_cache()
+        taken.append(free - torch.cuda.mem_get_info(device)[0])
+        del graphs
+        torch.cuda.empty_cache()
+    largest, three = taken
+    return largest + max(0, three - largest) * len(sizes) // 2

@@ -20,7 +20,7 @@ from nanovllm.config import Config
 from nanovllm.distributed import Group
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import ModelRunner, SampledTokens, find_model
-from nanovllm.engine.scheduler import Scheduler, Step
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.workers import start_workers
 
@@ -58,7 +58,7 @@ class LLMEngine:
         self.max_model_len = self.runner.max_len
         gc.collect()  # or it would happen in the middle of the first call, and take 0.3 s of it
         self.finished: dict[int, Sequence] = {}
-        self.in_flight: tuple[Step, SampledTokens] | None = None
+        self.in_flight: SampledTokens | None = None
         self.is_stepping = False
         self.num_resets = 0
         self.scheduler = self._new_scheduler()
@@ -102,8 +102,8 @@ class LLMEngine:
                 in_step = None if self.workers is None else self.workers.in_step
                 launched = runner.forward(step, in_step) if step else None
                 counts = self._commit()
-                if step is not None and launched is not None and self.scheduler.has_unfinished:
-                    self.in_flight = step, runner.sample(launched)
+                if launched is not None and self.scheduler.has_unfinished:
+                    self.in_flight = runner.sample(launched)
                 if not self.config.async_scheduling:
                     counts = self._commit()
                 return counts
@@ -157,15 +157,14 @@ class LLMEngine:
         return Scheduler(manager, config.max_num_seqs, budget)
 
     def _commit(self) -> StepCounts:
-        if self.in_flight is None:
+        sampled, self.in_flight = self.in_flight, None
+        if sampled is None:
             return StepCounts()
-        step, sampled = self.in_flight
-        self.in_flight = None
-        results = list(sampled.result())  # waits for them
+        results = sampled.result()  # waits for them
         if self.workers is not None:
             self.workers.check()
         self.finished.update((seq.seq_id, seq) for seq in self.scheduler.commit(results))
-        return StepCounts(step.num_prefill_tokens, step.num_decode_tokens)
+        return StepCounts(sampled.step.num_prefill_tokens, sampled.step.num_decode_tokens)
 
     def _reset(self) -> None:
         """Start over after an exception: a planned block may be in the prefix cache without its KV."""

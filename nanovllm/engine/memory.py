@@ -1,10 +1,56 @@
-"""How much memory the KV pool may take, on CUDA and on the host. Pure arithmetic beside the readings."""
+"""How much memory the KV pool may take, on CUDA and on the host: readings, and arithmetic with them."""
 
+import logging
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import torch
+
+from nanovllm.config import Config
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
+
+
+def gib(num_bytes: float) -> str:
+    return f"{max(num_bytes, 0) / GIB:.2f} GiB"
+
+
+class CudaMemory:
+    """A GPU's memory, of which this process takes a part from now on."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        torch.cuda.empty_cache()
+        free, self.total = torch.cuda.mem_get_info(device)
+        self.available = free + torch.cuda.memory_reserved(device)
+
+    def peak_of(self, run: Callable[[], None]) -> int:
+        """What PyTorch takes while `run` runs, beside what it has."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        reserved = torch.cuda.memory_reserved(self.device)
+        run()
+        return torch.cuda.max_memory_reserved(self.device) - reserved
+
+    def pool_bytes(self, config: Config, block_bytes: int, peak: int) -> int:
+        """Bytes for the KV pool beside a step's peak: of our share, or what the options ask for if that much is free."""
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self.device)
+        held = max(torch.cuda.memory_reserved(self.device), self.available - free)  # or more, outside of PyTorch
+        logger.info("this process holds %s, a step takes %s", gib(held), gib(peak))
+        if config.num_kvcache_blocks == -1:
+            return cuda_pool_bytes(self.total, free, config.gpu_memory_utilization, held, peak)
+        pool = config.num_kvcache_blocks * block_bytes
+        if pool + peak > free:
+            raise ValueError(
+                f"num_kvcache_blocks={config.num_kvcache_blocks} take {gib(pool)}, but only {gib(free - peak)} are free "
+                f"beside the {gib(peak)} that a step takes"
+            )
+        return pool
 
 
 def cuda_pool_bytes(total: int, free: int, utilization: float, held: int, peak: int) -> int:
@@ -21,8 +67,8 @@ def cuda_pool_bytes(total: int, free: int, utilization: float, held: int, peak: 
     """
     pool = int(total * utilization) - held - peak
     split = (
-        f"gpu_memory_utilization={utilization} of {total / GIB:.2f} GiB is {total * utilization / GIB:.2f} GiB, of which "
-        f"this process holds {held / GIB:.2f} GiB and a step takes {peak / GIB:.2f} GiB"
+        f"gpu_memory_utilization={utilization} of {gib(total)} is {gib(total * utilization)}, of which "
+        f"this process holds {gib(held)} and a step takes {gib(peak)}"
     )
     if pool <= 0:
         raise ValueError(
@@ -30,8 +76,8 @@ def cuda_pool_bytes(total: int, free: int, utilization: float, held: int, peak: 
         )
     if pool + peak > free:
         raise ValueError(
-            f"the KV cache would take {pool / GIB:.2f} GiB, but only {max(free - peak, 0) / GIB:.2f} GiB are free: "
-            f"{split}; other processes hold {max(total - free - held, 0) / GIB:.2f} GiB; lower gpu_memory_utilization"
+            f"the KV cache would take {gib(pool)}, but only {gib(free - peak)} are free: {split}; "
+            f"other processes hold {gib(total - free - held)}; lower gpu_memory_utilization"
         )
     return pool
 
@@ -44,22 +90,17 @@ def check_weights_fit(weights: int, total: int, utilization: float, num_ranks: i
         enough *= 2
     if enough > num_ranks:
         raise ValueError(
-            f"the weights take {weights / GIB:.2f} GiB on each of {num_ranks} GPUs, of whose {total / GIB:.2f} GiB "
-            f"gpu_memory_utilization={utilization} is {total * utilization / GIB:.2f} GiB; tensor_parallel_size={enough} would fit"
+            f"the weights take {gib(weights)} on each of {num_ranks} GPUs, of whose {gib(total)} "
+            f"gpu_memory_utilization={utilization} is {gib(total * utilization)}; tensor_parallel_size={enough} would fit"
         )
 
 
 def available_host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that this process can still take: what the machine has available, or less under a cgroup's limit."""
     available = psutil.virtual_memory().available
-    for limit_file, usage_file in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit, usage = ((cgroup / limit_file).read_text().strip(), (cgroup / usage_file).read_text().strip())
-        except OSError:
-            continue
-        if limit != "max":
-            available = min(available, max(0, int(limit) - int(usage)))
+    for names in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with suppress(OSError):  # another version's file
+            limit, usage = ((cgroup / name).read_text().strip() for name in names)
+            if limit != "max":
+                available = min(available, max(0, int(limit) - int(usage)))
     return available

@@ -1,6 +1,7 @@
-"""The way of a step to the devices: its numbers packed into one tensor, sent in one copy, and unpacked into Batches."""
+"""The way of a step to the devices: its numbers packed into arrays, sent in one copy, and unpacked into Batches."""
 
 import marshal
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -9,100 +10,23 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nanovllm.attention import AttentionBackend
+from nanovllm.config import Config
 from nanovllm.engine.batch import INT, Batch
-from nanovllm.engine.scheduler import ScheduledChunk
 from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling_params import SamplingParams
 
-
-class DeviceTables(NamedTuple):
-    """What the device remembers between steps, by row; row 0 is trash."""
-
-    block_tables: Tensor  # [rows, blocks of the longest sequence] int32
-    last_token: Tensor  # [rows] int32, the last token sampled for the row
-    sampling: Tensor  # [rows, 6] int32, see `pack_sampling`
-
-
-class Staging:
-    """The way to the device: arrays are packed into pinned memory and sent in one copy, which nobody waits for.
-
-    Two host buffers take turns: what was sent from one is there, nearly always, long before it is filled again.
-    Arrays of the same sizes arrive at the same addresses, which is what a CUDA graph reads.
-    """
-
-    def __init__(self, capacity: int, device: torch.device):
-        pin = device.type == "cuda"
-        self.host = [torch.zeros(capacity, dtype=torch.int32, pin_memory=pin) for _ in range(2)]
-        self.sent = [torch.cuda.Event() for _ in self.host] if pin else []
-        self.device = torch.zeros(capacity, dtype=torch.int32, device=device)
-        self.turn = 0
-
-    def upload(self, *groups: list[INT]) -> list[list[Tensor]]:
-        """Send groups of int32 arrays of any shapes; returns where each array will be on the device."""
-        self.turn = 1 - self.turn
-        host = self.host[self.turn]
-        if self.sent:
-            self.sent[self.turn].synchronize()
-        buffer = host.numpy()
-        views: list[list[Tensor]] = []
-        end = 0
-        for arrays in groups:
-            views.append([])
-            for array in arrays:
-                start = -(-end // 4) * 4  # 16 bytes: kernels are compiled for aligned pointers
-                end = start + array.size
-                buffer[start:end] = array.reshape(-1)
-                views[-1].append(self.device[start:end].view(array.shape))
-        self.device[:end].copy_(host[:end], non_blocking=True)
-        if self.sent:
-            self.sent[self.turn].record()
-        return views
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor of any size and type to the device without waiting: pinned memory is reused after the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-class HostBatch(NamedTuple):
-    """A batch on the CPU, on its way. `arrays` are rows, context_lens, query_lens and the attention plan; for chunks then
-    input_ids [T], positions [T] and token_rows [T], the row of each token."""
-
-    is_decode: bool
-    arrays: list[INT]
-
-    def on_device(self, views: list[Tensor], tables: DeviceTables, block_size: int) -> Batch:
-        """The batch whose arrays arrived as `views`. What can be derived is derived on the device."""
-        rows, context_lens, _ = views[:3]
-        if self.is_decode:
-            plan, token_rows = views[3:], rows
-            input_ids, positions = tables.last_token.index_select(0, rows), context_lens - 1
-        else:
-            plan = views[3:-3]
-            input_ids, positions, token_rows = views[-3:]
-        places = token_rows * tables.block_tables.shape[1] + positions // block_size
-        blocks = tables.block_tables.view(-1).index_select(0, places)
-        return Batch(
-            is_decode=self.is_decode,
-            input_ids=input_ids,
-            positions=positions,
-            slot_mapping=blocks.long() * block_size + positions % block_size,
-            rows=rows,
-            context_lens=context_lens,
-            block_tables=tables.block_tables,
-            block_size=block_size,
-            query_lens=self.arrays[2],
-            cpu_context_lens=self.arrays[1],
-            plan=plan,
-        )
+# Chunks are padded to a multiple of so many tokens where layers are compiled, which makes a variant for one token.
+TOKEN_MULTIPLE = 8
+TRASH = Sequence(0, [0] * TOKEN_MULTIPLE, SamplingParams(), seed=0, max_tokens=1)  # padding, in row 0 and block 0
 
 
 class PackedStep(NamedTuple):
     """All that a rank must know to compute a step, the decode rows first."""
 
-    decodes: list[INT]  # the arrays of a HostBatch of decode rows, with padding; none without rows
+    decodes: list[INT]  # the arrays of a batch of decode rows, with padding; none without rows
     # What the tables have to learn: places and blocks [E]; rows [R] and their sampling parameters [R, 6]
     updates: list[INT]
-    chunks: list[INT]  # the arrays of a HostBatch of chunks; none without chunks
+    chunks: list[INT]  # the arrays of a batch of chunks; none without chunks
     # Rows and positions [S] of the tokens to be drawn; the last tokens [C] of the chunks after which one is drawn
     sampled: list[INT]
     # Slices of prompts whose log-probabilities are read: [P, 3] of the first hidden state, their number, how many of the
@@ -118,33 +42,86 @@ class PackedStep(NamedTuple):
         return cls(*([np.frombuffer(data, np.int32).reshape(shape) for shape, data in g] for g in groups))
 
 
-def pack_decodes(sequences: list[Sequence], context_lens: list[int], size: int, backend: AttentionBackend) -> HostBatch:
-    """Decode rows, filled up to `size` with rows of the trash sequence, whose one token is in block 0."""
-    num_padding = size - len(sequences)
-    rows = int32([seq.row for seq in sequences] + [0] * num_padding)
-    lens = int32(context_lens + [1] * num_padding)
-    query_lens = np.ones(size, np.int32)
-    plan = backend.plan(True, query_lens, lens)
-    return HostBatch(True, [rows, lens, query_lens, *plan])
+def pack_batch(
+    is_decode: bool,
+    sequences: list[Sequence],
+    context_lens: list[int],
+    query_lens: list[int],
+    backend: AttentionBackend,
+) -> list[INT]:
+    """The arrays of a batch: rows, context_lens and query_lens [B]; the row, the position and the id of each token [T],
+    but no ids of decode rows, which the device has; and the attention plan. Nothing of no sequences."""
+    if not sequences:
+        return []
+    rows, ends, lens = int32([seq.row for seq in sequences]), int32(context_lens), int32(query_lens)
+    token_rows = np.repeat(rows, lens)
+    positions = np.arange(len(token_rows)) + np.repeat(ends - lens.cumsum(), lens)
+    input_ids: list[int] = []
+    if not is_decode:
+        for seq, end, num_tokens in zip(sequences, context_lens, query_lens, strict=True):
+            input_ids += seq.token_ids[end - num_tokens : end]
+    return [rows, ends, lens, token_rows, int32(positions), int32(input_ids), *backend.plan(is_decode, lens, ends)]
 
 
-def pack_chunks(chunks: list[ScheduledChunk], num_padding: int, backend: AttentionBackend) -> HostBatch:
-    """Chunks of prompts, and where there is padding a chunk of the trash sequence at the end."""
-    rows = [chunk.seq.row for chunk in chunks]
-    starts = [chunk.start for chunk in chunks]
-    lens = [chunk.num_tokens for chunk in chunks]
-    input_ids = [t for seq, start, n, _ in chunks for t in seq.token_ids[start : start + n]]
-    if num_padding:
-        rows, starts, lens = [*rows, 0], [*starts, 0], [*lens, num_padding]
-        input_ids += [0] * num_padding
-    query_lens, first = int32(lens), int32(starts)
-    offsets = query_lens.cumsum() - query_lens
-    positions = np.arange(len(input_ids)) + np.repeat(first - offsets, query_lens)
-    token_rows = np.repeat(int32(rows), query_lens)
-    context_lens = first + query_lens
-    plan = backend.plan(False, query_lens, context_lens)
-    tokens = [int32(input_ids), int32(positions), token_rows]
-    return HostBatch(False, [int32(rows), context_lens, query_lens, *plan, *tokens])
+class DeviceTables:
+    """What the device remembers between steps, by row (row 0 is trash), and the place where a step's arrays arrive."""
+
+    def __init__(self, config: Config, max_len: int, block_size: int, device: torch.device):
+        num_rows, blocks_per_row = config.max_num_seqs + 1, -(-max_len // block_size)
+        # A row has 16 numbers and its attention plan, a token 3 and its plan, a new block-table entry 2.
+        capacity = num_rows * (40 + 2 * blocks_per_row) + config.max_num_batched_tokens * 8 + 65536
+        zeros = partial(torch.zeros, dtype=torch.int32, device=device)
+        self.block_size = block_size
+        self.block_tables = zeros(num_rows, blocks_per_row)
+        self.last_token = zeros(num_rows)  # the last token sampled for the row
+        self.sampling = zeros(num_rows, 6)  # see `pack_sampling`
+        self.arrived = zeros(capacity)
+
+    def upload(self, *groups: list[INT]) -> list[list[Tensor]]:
+        """Send groups of int32 arrays of any shapes in one copy, which nobody waits for; returns where each array will be.
+
+        Arrays of the same sizes arrive at the same addresses, which is what a CUDA graph reads.
+        """
+        # PyTorch gives pinned memory out again when what was sent from it is there.
+        host = torch.empty(len(self.arrived), dtype=torch.int32, device="cpu", pin_memory=self.arrived.is_cuda)
+        buffer = host.numpy()
+        views: list[list[Tensor]] = []
+        end = 0
+        for arrays in groups:
+            views.append([])
+            for array in arrays:
+                start = -(-end // 4) * 4  # 16 bytes: kernels are compiled for aligned pointers
+                end = start + array.size
+                buffer[start:end] = array.reshape(-1)
+                views[-1].append(self.arrived[start:end].view(array.shape))
+        self.arrived[:end].copy_(host[:end], non_blocking=True)
+        return views
+
+    def update(self, places: Tensor, blocks: Tensor, rows: Tensor, sampling: Tensor) -> None:
+        """Learn a step's `updates`."""
+        if len(places):
+            self.block_tables.view(-1)[places] = blocks
+        if len(rows):
+            self.sampling[rows] = sampling
+
+    def batch(self, is_decode: bool, arrays: list[INT], views: list[Tensor]) -> Batch:
+        """The batch whose packed arrays arrived as `views`. What the tables know is looked up on the device."""
+        rows, context_lens, _, token_rows, positions, input_ids, *plan = views
+        places = token_rows * self.block_tables.shape[1] + positions // self.block_size
+        blocks = self.block_tables.view(-1).index_select(0, places)
+        return Batch(
+            is_decode=is_decode,
+            input_ids=self.last_token.index_select(0, rows) if is_decode else input_ids,
+            positions=positions,
+            slot_mapping=blocks.long() * self.block_size + positions % self.block_size,
+            rows=rows,
+            context_lens=context_lens,
+            block_tables=self.block_tables,
+            block_size=self.block_size,
+            query_lens=arrays[2],
+            cpu_context_lens=arrays[1],
+            plan=plan,
+        )
 
 
 def int32(values: ArrayLike) -> INT:

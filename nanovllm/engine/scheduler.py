@@ -7,7 +7,6 @@ Planning needs counts only, so step N+1 is planned while the tokens of step N ar
 
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,6 +21,10 @@ class ScheduledChunk(NamedTuple):
     start: int
     num_tokens: int
     is_sampled: bool  # it reaches the sequence's end, so that a new token is drawn
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
 
 
 @dataclass
@@ -83,21 +86,20 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """Plan the next step, counting it as computed at once; None if no sequence has a token to compute now."""
         step = Step()
-        budget, preempted = self._schedule_running(step, self.max_num_batched_tokens)
-        if not preempted and self._admits():
+        num_preemptions = self.num_preemptions
+        budget = self._schedule_running(step, self.max_num_batched_tokens)
+        if self.num_preemptions == num_preemptions and self._admits():
             self._schedule_waiting(step, budget)
         return step if step.decodes or step.chunks else None
 
-    def commit(self, sampled: Iterable[tuple[Sequence, int, LogprobRow | None]]) -> list[Sequence]:
+    def commit(self, sampled: list[tuple[Sequence, int, LogprobRow | None]]) -> list[Sequence]:
         """Take the tokens that a step drew, with their log-probabilities; return the sequences that finished.
 
         A sequence that was finished before (aborted) is passed over.
         """
         finished: list[Sequence] = []
-        block_size = self.block_manager.block_size
-        results = list(sampled)  # waits for them
-        now = time.time()
-        for seq, token_id, logprobs in results:
+        block_size, now = self.block_manager.block_size, time.time()
+        for seq, token_id, logprobs in sampled:
             if seq.is_finished:
                 continue
             seq.append(token_id, logprobs, now)
@@ -111,9 +113,8 @@ class Scheduler:
                     self.waiting.remove(seq)
         return finished
 
-    def _schedule_running(self, step: Step, budget: int) -> tuple[int, bool]:
-        """Plan for the running sequences, oldest first, preempting the newest ones where blocks run out."""
-        num_preemptions = self.num_preemptions
+    def _schedule_running(self, step: Step, budget: int) -> int:
+        """Plan for the running sequences, oldest first, preempting the newest ones where blocks run out; what is left."""
         block_size = self.block_manager.block_size
         for seq in self.running[:]:
             if not budget or not seq.row:  # it was preempted for an older one, as are all that follow
@@ -132,7 +133,7 @@ class Scheduler:
             else:
                 self._plan_chunk(step, seq, num_tokens)
             budget -= num_tokens
-        return budget, self.num_preemptions > num_preemptions
+        return budget
 
     def _extend(self, step: Step, seq: Sequence, num_tokens: int) -> bool:
         """Give `seq` room for its tokens, at the expense of newer ones; False if it is the newest, and preempted."""

@@ -1,7 +1,9 @@
 """Sequence: one completion as the scheduler sees it. It knows token ids and counts, and no tensors."""
 
 import inspect
+from array import array
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +60,7 @@ class Sequence:
     arrival_time: float = 0.0  # these three in seconds since the epoch
     first_token_time: float = 0.0
     finished_time: float = 0.0
-    _history: NDArray[np.int32] | None = None
-    _num_in_history: int = 0
+    _history: "array[int]" = field(default_factory=partial(array, "i"))
 
     def __post_init__(self) -> None:
         p = self.params
@@ -92,11 +93,8 @@ class Sequence:
     @property
     def history(self) -> NDArray[np.int32]:
         """Prompt and completion, kept as an array so that a step does not convert them anew."""
-        if self._history is None:
-            self._history = np.empty(self.num_prompt_tokens + self.max_tokens, np.int32)
-        start, self._num_in_history = self._num_in_history, len(self.token_ids)
-        self._history[start : self._num_in_history] = self.token_ids[start:]
-        return self._history[: self._num_in_history]
+        self._history.extend(self.token_ids[len(self._history) :])
+        return np.array(self._history, np.int32)
 
     @property
     def is_finished(self) -> bool:
