@@ -69,8 +69,8 @@ def check_positive(name: str, value: Any, maximum: float = math.inf) -> float:
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+    if value not in tuple(choices):
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
     return value
 
 
