@@ -1,11 +1,10 @@
-"""Token embedding and head, with the vocabulary cut between the ranks."""
+"""Token embedding, with the vocabulary cut between the ranks."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.distributed import Group, Share
-from nanovllm.layers.linear import ColumnParallelLinear
 
 
 def vocabulary_share(vocab_size: int, group: Group) -> Share:
@@ -30,16 +29,3 @@ class ParallelEmbedding(nn.Module):
         is_other = (token_ids < 0) | (token_ids >= self.share.size)
         x = F.embedding(token_ids.masked_fill(is_other, 0), self.weight)
         return self.group.all_reduce(x.masked_fill(is_other.unsqueeze(1), 0))
-
-
-class ParallelHead(ColumnParallelLinear):
-    """Logits of the whole vocabulary on rank 0, of a rank's own tokens elsewhere."""
-
-    def __init__(self, hidden_size: int, vocab_size: int, dtype: torch.dtype, group: Group):
-        share = vocabulary_share(vocab_size, group)
-        super().__init__(hidden_size, {"lm_head": share}, bias=False, dtype=dtype)
-        self.vocab_size = vocab_size
-        self.group = group
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.group.gather(super().forward(x))[:, : self.vocab_size]
