@@ -22,7 +22,8 @@ from nanovllm.prompts import Params, Prompt, Prompts, check_params, check_reques
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text import Detokenizer, Text
 
-Message = Mapping[str, Any]
+Conversation = Seq[Mapping[str, Any]]
+Conversations = Conversation | Seq[Conversation]
 
 
 class LLM:
@@ -87,19 +88,14 @@ class LLM:
         return [outputs[request_id] for request_id in requests if request_id in outputs]
 
     def chat(
-        self,
-        conversations: Seq[Message] | Seq[Seq[Message]],
-        sampling_params: Params = None,
-        use_tqdm: bool = True,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        **template_options: Any,
+        self, conversations: Conversations, sampling_params: Params = None, use_tqdm: bool = True, **options: Any
     ) -> list[RequestOutput]:
         """Answer conversations, one or a list of them, each a list of {"role": …, "content": …}.
 
         Args:
-            template_options: of the tokenizer's `apply_chat_template` and of the model's own chat template:
-                `add_generation_prompt` (True), `continue_final_message`, `tools`, `chat_template`, `enable_thinking` …
-            chat_template_kwargs: vLLM's way to pass more of them.
+            options: of the tokenizer's `apply_chat_template` and of the model's own chat template:
+                `add_generation_prompt` (True), `continue_final_message`, `tools`, `chat_template`, `enable_thinking` …;
+                vLLM's `chat_template_kwargs` is taken too.
 
         Raises:
             TypeError, ValueError: as `generate`; no chat template, or one that refuses the conversation.
@@ -108,8 +104,8 @@ class LLM:
             raise TypeError(f"conversations must be a list of messages or of conversations, got {conversations!r}")
         tokenizer = self.tokenizer
         is_one = len(conversations) > 0 and isinstance(conversations[0], Mapping)
-        more = check_type("chat_template_kwargs", chat_template_kwargs or {}, Mapping)
-        options = {"add_generation_prompt": True, **template_options, **more, "tokenize": False}
+        more = check_type("chat_template_kwargs", options.pop("chat_template_kwargs", None) or {}, Mapping)
+        options = {"add_generation_prompt": True, **options, **more, "tokenize": False}
         prompts = []
         for i, conversation in enumerate([conversations] if is_one else conversations):
             try:
@@ -161,8 +157,7 @@ class LLM:
         prompt tokens. An exception drops every unfinished request, and the LLM can be used again.
         """
         counts = self.engine.step()
-        finished = self.engine.take_finished(self._polled())
-        outputs = [(seq.request_id, seq.completion_token_ids) for seq in finished]
+        outputs = [(seq.request_id, seq.completion_token_ids) for seq in self.engine.take_finished(self._polled())]
         return outputs, counts.num_prefill_tokens or -counts.num_decode_tokens
 
     def is_finished(self) -> bool:
