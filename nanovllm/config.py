@@ -17,16 +17,15 @@ from transformers import AutoConfig
 
 from nanovllm.checks import check_choice, check_fields, check_int, check_positive, check_type
 
-ATTENTION_BACKENDS = ("auto", "reference", "triton", "flash-attn")
 DTYPES: dict[Any, torch.dtype] = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
 DTYPES |= {dtype: dtype for dtype in DTYPES.values()}
 DTYPE_CHOICES = ("auto", *DTYPES)
 
 
 def check_backend(name: str, value: Any) -> Any:
-    """One of `ATTENTION_BACKENDS`, or an object of one's own that can attend."""
+    """The name of one, or an object of one's own that can attend."""
     is_own = callable(getattr(value, "attend", None)) and not isinstance(value, type)
-    return value if is_own else check_choice(name, value, ATTENTION_BACKENDS)
+    return value if is_own else check_choice(name, value, ("auto", "reference", "triton", "flash-attn"))
 
 
 def check_device(name: str, value: Any) -> Any:
@@ -79,13 +78,13 @@ class Config:
     device: Annotated[str | torch.device, check_device] = "auto"
     dtype: Annotated[str | torch.dtype, check_choice, DTYPE_CHOICES] = "auto"
     attention_backend: Annotated[Any, check_backend] = "auto"
-    model_class: type | None = None
+    model_class: Annotated[type | None, check_type, type] = None
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
     load_format: Annotated[str, check_choice, ("auto", "dummy")] = "auto"
     seed: Annotated[int | None, check_int, -(2**63), 2**63 - 1] = None
-    tokenizer: str | PathLike | None = None
-    revision: str | None = None
+    tokenizer: Annotated[str | PathLike | None, check_type, str | PathLike] = None
+    revision: Annotated[str | None, check_type, str] = None
     use_tqdm: bool = True
     trust_remote_code: Annotated[bool, check_choice, (False,)] = False
     enable_chunked_prefill: Annotated[bool, check_choice, (True,)] = True

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from nanovllm.checks import check_type
+from nanovllm.checks import check_list, check_type
 from nanovllm.config import Config, read_json, token_id_set
 from nanovllm.engine.llm_engine import LLMEngine, StepCounts, no_full_collections
 from nanovllm.engine.sequence import LogprobRow, Sequence
@@ -100,8 +100,7 @@ class LLM:
         Raises:
             TypeError, ValueError: as `generate`; no chat template, or one that refuses the conversation.
         """
-        if not isinstance(conversations, Seq) or isinstance(conversations, str):
-            raise TypeError(f"conversations must be a list of messages or of conversations, got {conversations!r}")
+        check_list("conversations", conversations, check_type, Seq | Mapping)
         tokenizer = self.tokenizer
         is_one = len(conversations) > 0 and isinstance(conversations[0], Mapping)
         more = check_type("chat_template_kwargs", options.pop("chat_template_kwargs", None) or {}, Mapping)
@@ -135,7 +134,11 @@ class LLM:
                 for seq, start in list(num_given.items()):
                     num_given[seq] = seq.num_completion_tokens
                     if start < seq.num_completion_tokens:
-                        yield self._increment(seq, *places[seq], start)
+                        prompt_index, index = places[seq]
+                        completion = self._completion(seq, index, start)
+                        if seq.detokenizer is not None:
+                            completion["text"] = seq.detokenizer.take(completion["text"] if seq.is_finished else None)
+                        yield Increment(**completion, prompt_index=prompt_index)
                     # One that another call finished meanwhile has more to give.
                     if seq.is_finished and num_given[seq] == seq.num_completion_tokens:
                         del num_given[seq]
@@ -277,12 +280,6 @@ class LLM:
                 first.arrival_time, min(s.first_token_time for s in samples), max(s.finished_time for s in samples)
             ),
         )
-
-    def _increment(self, seq: Sequence, prompt_index: int, index: int, start: int) -> Increment:
-        completion = self._completion(seq, index, start)
-        if seq.detokenizer is not None:
-            completion["text"] = seq.detokenizer.take(completion["text"] if seq.is_finished else None)
-        return Increment(**completion, prompt_index=prompt_index)
 
     def _completion(self, seq: Sequence, index: int, start: int = 0) -> dict[str, Any]:
         """The fields of a CompletionOutput, with tokens from `start` on, and all of the text if it is finished."""

@@ -69,14 +69,13 @@ def _parse(name: str, prompt: Any, params: SamplingParams) -> Request:
     text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
     if not isinstance(text, str | None):
         raise TypeError(f"{name} must have text as its prompt, got {text!r}")
-    if token_ids is None and text is not None:
-        try:
+    try:
+        if token_ids is None and text is not None:
             text.encode()
-        except UnicodeEncodeError as error:  # half a surrogate pair, which no tokenizer takes
-            raise ValueError(f"{name} must be text in Unicode, got {text!r:.200}: {error}") from None
-    else:
-        try:
+        else:
             token_ids = array("q", iter(token_ids)).tolist()  # takes every kind of integer, and nothing else
-        except (TypeError, OverflowError):
-            raise TypeError(f"{name} must be text or a list of token ids, got {token_ids!r:.200}") from None
+    except UnicodeEncodeError as error:  # half a surrogate pair, which no tokenizer takes
+        raise ValueError(f"{name} must be text in Unicode, got {text!r:.200}: {error}") from None
+    except (TypeError, OverflowError):
+        raise TypeError(f"{name} must be text or a list of token ids, got {token_ids!r:.200}") from None
     return Request(name, text, token_ids, params)

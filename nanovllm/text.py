@@ -58,11 +58,9 @@ class Detokenizer:
                 raise
             self._stream = DecodeStream()
             new = self._stream.step(self._tokenizer, token_id)
-        if not new:
-            return None
         known = len(self.text)
-        self.text += new
-        if not may_stop:
+        self.text += new or ""
+        if not new or not may_stop:
             return None
         starts = {stop: self.text.find(stop, max(0, known - len(stop) + 1)) for stop in self.stop}
         found = min((stop for stop in self.stop if starts[stop] >= 0), key=starts.__getitem__, default=None)

@@ -8,7 +8,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nanovllm.engine.sequence import Sequence
-from nanovllm.sampling_params import LogitsProcessor
 
 Send = Callable[[ArrayLike], Tensor]  # to the device, without waiting
 Asking = list[tuple[int, Sequence]]  # sequences with their rows
@@ -26,7 +25,12 @@ def adjust(logits: Tensor, sequences: list[Sequence], send: Send) -> Tensor:
     _keep_allowed(logits, asking, send)
     for i, seq in asking:
         for processor, takes_prompt in seq.processors:
-            logits[i] = _process(processor, takes_prompt, seq, logits[i])
+            prompt = [seq.token_ids[: seq.num_prompt_tokens]] if takes_prompt else []
+            row = processor(*prompt, seq.completion_token_ids, logits[i])
+            if not isinstance(row, Tensor) or row.shape != logits[i].shape:
+                shape = list(logits[i].shape)
+                raise TypeError(f"logits_processors: {processor!r} must return logits {shape}, got {row!r}")
+            logits[i] = row
     return logits
 
 
@@ -71,11 +75,3 @@ def _keep_allowed(logits: Tensor, asking: Asking, send: Send) -> None:
         kept = logits.view(-1).index_select(0, places)
         logits.index_fill_(0, send([i for i, _ in allowed]), -torch.inf)
         logits.view(-1).index_copy_(0, places, kept)
-
-
-def _process(processor: LogitsProcessor, takes_prompt: bool, seq: Sequence, logits: Tensor) -> Tensor:
-    prompt = [seq.token_ids[: seq.num_prompt_tokens]] if takes_prompt else []
-    processed = processor(*prompt, seq.completion_token_ids, logits)
-    if not isinstance(processed, Tensor) or processed.shape != logits.shape:
-        raise TypeError(f"logits_processors: {processor!r} must return logits {list(logits.shape)}, got {processed!r}")
-    return processed

@@ -30,13 +30,10 @@ class Linear(nn.Module):
         """
         if not torch.backends.mkldnn.is_available():
             return
-        fast_dtypes = {
-            torch.float32: True,
-            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-        }
-        if fast_dtypes[self.weight.dtype]:
-            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
+        onednn = torch.ops.mkldnn
+        is_fast = {torch.bfloat16: onednn._is_mkldnn_bf16_supported, torch.float16: onednn._is_mkldnn_fp16_supported}
+        if self.weight.dtype == torch.float32 or is_fast[self.weight.dtype]():
+            packed = onednn._reorder_linear_weight(self.weight, None)
             self.weight = nn.Parameter(packed, requires_grad=False)
 
 

@@ -32,11 +32,10 @@ class Attention(nn.Module):
         parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
         self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, config.qkv_bias, config.dtype)
         self.o_proj = RowParallelLinear(q, config.hidden_size, config.o_bias, config.dtype, group)
-        self.norms: tuple[nn.RMSNorm, nn.RMSNorm] | None = None
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps, dtype=config.dtype)
             self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps, dtype=config.dtype)
-            self.norms = self.q_norm, self.k_norm
+        self.norms = (self.q_norm, self.k_norm) if config.qk_norm else None
 
     def forward(self, x: Tensor, rotary: Rotary, cache: KVCache, batch: Batch) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 H_kv, D]
