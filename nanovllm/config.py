@@ -151,8 +151,7 @@ class RopeConfig:
         scaling = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
         beside = {name: getattr(hf, name, None) for name in ("rope_theta", "partial_rotary_factor")}
         given = {name: value for name, value in [*beside.items(), *scaling.items()] if value is not None}
-        old_type = given.pop("type", "default")
-        rope_type = given.pop("rope_type", old_type)
+        rope_type = given.pop("rope_type", given.pop("type", "default"))
         theta = given.pop("rope_theta", cls.theta)
         check_choice("partial_rotary_factor of the checkpoint", given.pop("partial_rotary_factor", 1.0), (1.0,))
         required = ROPE_PARAMETERS[check_choice("rope scaling of the checkpoint", rope_type, ROPE_PARAMETERS)]
@@ -197,12 +196,12 @@ class ModelConfig:
 
     def check_ranks(self, size: int) -> None:
         """Raise unless the model can be cut between so many ranks, with one or more whole heads to each."""
-        kv_fits = self.num_kv_heads % size == 0 or size % self.num_kv_heads == 0
-        if self.num_heads % size or self.intermediate_size % size or not kv_fits:
+        heads, kv_heads, intermediate = self.num_heads, self.num_kv_heads, self.intermediate_size
+        if heads % size or intermediate % size or (kv_heads % size and size % kv_heads):
             raise ValueError(
                 "tensor_parallel_size must divide the model's heads and intermediate size, and divide its key-value heads "
-                f"or be a multiple of them, got {size} for {self.num_heads} attention heads, {self.num_kv_heads} key-value "
-                f"heads, intermediate size {self.intermediate_size}"
+                f"or be a multiple of them, got {size} for {heads} attention heads, {kv_heads} key-value heads and "
+                f"intermediate size {intermediate}"
             )
 
     @classmethod

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from os import PathLike
 from typing import Any
 
@@ -22,8 +22,7 @@ from nanovllm.prompts import Params, Prompt, Prompts, check_params, check_reques
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text import Detokenizer, Text
 
-Conversation = Seq[Mapping[str, Any]]
-Conversations = Conversation | Seq[Conversation]
+Conversations = Seq[Mapping[str, Any]] | Seq[Seq[Mapping[str, Any]]]
 
 
 class LLM:
@@ -43,8 +42,7 @@ class LLM:
         self.engine = LLMEngine(self.config)
         self._ids = count()
         self._random = random.Random(self.config.seed)
-        tokenizer = self.config.tokenizer
-        self._text = Text(self.engine.folder if tokenizer is None else resolve_model(tokenizer))
+        self._text = Text(resolve_model(self.config.tokenizer) if self.config.tokenizer else self.engine.folder)
 
     @no_full_collections()
     def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
@@ -195,8 +193,7 @@ class LLM:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded when it is first asked for; ValueError if the folder has none."""
         if self._text.tokenizer is None:
-            folder = str(self._text.folder)
-            raise ValueError(f"{folder!r} has no tokenizer: pass prompts as token ids, or LLM(tokenizer=...)")
+            raise ValueError(f"{str(self._text.folder)!r} has no tokenizer: pass token ids, or LLM(tokenizer=...)")
         return self._text.tokenizer
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -262,9 +259,8 @@ class LLM:
         return requests
 
     def _start(self, requests: Iterable[list[Sequence]]) -> None:
-        for request in requests:
-            for seq in request:
-                self.engine.add(seq)
+        for seq in chain.from_iterable(requests):
+            self.engine.add(seq)
 
     def _make_output(self, samples: list[Sequence]) -> RequestOutput:
         first = samples[0]
@@ -313,8 +309,6 @@ class LLM:
     def _show(self, bar: tqdm, num_finished: int, counts: StepCounts) -> None:
         """Finished requests, tokens per second since the start, and the KV pool's use."""
         seconds = max(bar.format_dict["elapsed"], 1e-3)  # some clocks tick in 16 ms
-        prefill, decode = (num / seconds for num in counts)
-        kv_usage = self.stats()["kv_cache_usage"]
-        rates = {"prefill": f"{prefill:.0f}tok/s", "decode": f"{decode:.0f}tok/s", "KV": f"{kv_usage:.0%}"}
-        bar.set_postfix(rates, refresh=False)
+        rates = {name: f"{num / seconds:.0f}tok/s" for name, num in zip(("prefill", "decode"), counts, strict=True)}
+        bar.set_postfix(rates, KV=f"{self.stats()['kv_cache_usage']:.0%}", refresh=False)
         bar.update(num_finished - bar.n)

@@ -36,7 +36,6 @@ def adjust(logits: Tensor, sequences: list[Sequence], send: Send) -> Tensor:
 
 def _penalize(logits: Tensor, penalized: Asking, send: Send) -> None:
     """Repetition (prompt and completion), presence and frequency (completion) penalties, on their rows in place."""
-    params = [seq.params for _, seq in penalized]
     histories = [seq.history for _, seq in penalized]
     lens = [len(history) for history in histories]
     ends = np.cumsum(lens)
@@ -49,6 +48,7 @@ def _penalize(logits: Tensor, penalized: Asking, send: Send) -> None:
     is_known.view(-1).scatter_(0, place, True)
     counts = logits.new_zeros(is_known.shape)
     counts.view(-1).scatter_add_(0, place, in_completion.float())
+    params = (seq.params for _, seq in penalized)
     penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
     repetition, presence, frequency = send(np.array(penalties, np.float32)).unsqueeze(2).unbind(1)
     rows = send([i for i, _ in penalized])

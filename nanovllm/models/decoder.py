@@ -15,8 +15,7 @@ from nanovllm.attention import AttentionBackend
 from nanovllm.config import ModelConfig
 from nanovllm.distributed import Group
 from nanovllm.engine.batch import Batch, KVCache
-from nanovllm.layers.embedding import ParallelEmbedding, vocabulary_share
-from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, vocabulary_share
 from nanovllm.layers.rotary import Rotary, RotaryEmbedding
 
 

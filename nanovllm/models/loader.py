@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from nanovllm.config import read_json
 from nanovllm.distributed import Share
-from nanovllm.layers.embedding import ParallelEmbedding
-from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -38,10 +37,9 @@ def resolve_model(model: str | os.PathLike[str], revision: str | None = None) ->
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise ValueError(f"model {name!r} is neither a folder nor a Hub id of the form 'owner/name'")
     try:
-        fetched = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns="*/*")
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
     except Exception as error:
         raise ValueError(f"model {name!r} is no folder and cannot be fetched from the Hub: {error}") from error
-    return Path(fetched)
 
 
 def load_weights(model: nn.Module, folder: Path, show_progress: bool) -> None:
@@ -59,20 +57,14 @@ def load_weights(model: nn.Module, folder: Path, show_progress: bool) -> None:
     with tqdm(total=len(unfilled), desc="Loading weights", unit="tensor", disable=not show_progress) as bar:
         for name, tensor, file in read_tensors(folder):
             target = unfilled.pop(name.removeprefix("model."), None)
-            if target is None:
-                if name not in redundant and not name.endswith("rotary_emb.inv_freq"):
-                    unexpected.append(name)
-                continue
-            shape, dtype = list(tensor.get_shape()), tensor.get_dtype()
-            if shape != target.shape or dtype not in ("BF16", "F16", "F32", "F64"):
-                raise ValueError(f"{file.name}: {name} is {dtype} {shape}, expected a float {target.shape}")
-            target.fill(tensor)
-            bar.update()
+            if target is not None:
+                target.fill(tensor, f"{file.name}: {name}")
+                bar.update()
+            elif name not in redundant and not name.endswith("rotary_emb.inv_freq"):
+                unexpected.append(name)
     if unfilled or unexpected:
-        raise ValueError(
-            f"checkpoint {str(folder)!r} does not fit the model: missing {_some(list(unfilled))}, "
-            f"unexpected {_some(unexpected)}"
-        )
+        misfits = f"missing {_some(list(unfilled))}, unexpected {_some(unexpected)}"
+        raise ValueError(f"checkpoint {str(folder)!r} does not fit the model: {misfits}")
 
 
 def load_dummy(model: nn.Module) -> None:
@@ -90,14 +82,13 @@ class Target(NamedTuple):
     share: Share
     dim: int = 0
 
-    @property
-    def shape(self) -> list[int]:
-        """Of the checkpoint's tensor."""
-        return [self.share.total if i == self.dim else size for i, size in enumerate(self.view.shape)]
-
-    def fill(self, tensor: Any) -> None:
+    def fill(self, tensor: Any, name: str) -> None:
         """Read the share of a checkpoint's tensor; the last ranks may find less than their share's size."""
         start, size, total = self.share
+        shape, dtype = list(tensor.get_shape()), tensor.get_dtype()
+        expected = [total if i == self.dim else length for i, length in enumerate(self.view.shape)]
+        if shape != expected or dtype not in ("BF16", "F16", "F32", "F64"):
+            raise ValueError(f"{name} is {dtype} {shape}, expected a float {expected}")
         own = slice(min(start, total), min(start + size, total))
         part = tensor[(slice(None),) * self.dim + (own,)]
         self.view.narrow(self.dim, 0, part.shape[self.dim]).copy_(part)
