@@ -24,9 +24,9 @@ class Text:
         return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False) if has_tokenizer else None
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-        return (
-            "" if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        )
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
 
 class Detokenizer:

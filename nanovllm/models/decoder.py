@@ -4,7 +4,6 @@ Module names are the checkpoints' names, so that the loader needs no table. The 
 paged KV; it does not know requests.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,7 +104,7 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.requires_grad_(False)
         self.group, self.vocab_size = group, config.vocab_size
-        self.run_layer: Callable[..., tuple[Tensor, Tensor]] = self.layer_class.forward
+        self.run_layer = self.layer_class.forward
 
     def compile_layers(self) -> None:
         """Compile what every layer runs, once for any number of tokens but one."""
