@@ -15,7 +15,7 @@ from torch import Tensor
 from nanovllm import kernels
 from nanovllm.sampling_params import SamplingParams
 
-SAMPLING = np.dtype("f4, f4, f4, i4, i8")
+SAMPLING = np.dtype("f4, f4, f4, i4, i8")  # see `pack_sampling`
 GROUP = 128  # columns among whose maxima the largest logits are looked for
 
 
