@@ -8,7 +8,6 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
-from types import UnionType
 from typing import Any
 
 
@@ -22,17 +21,14 @@ def check_fields(options: Any) -> None:
         value = getattr(options, f.name)
         if value is f.default:
             continue
-        if isinstance(f.type, type | UnionType):
-            check_type(f.name, value, f.type)
-        else:
-            check, *limits = f.type.__metadata__  # type: ignore[union-attr]
-            also = {"also": " or None"} if f.default is None else {}
-            object.__setattr__(options, f.name, check(f.name, value, *limits, **also))
+        check, *limits = getattr(f.type, "__metadata__", (check_type, f.type))
+        also = {"also": " or None"} if f.default is None else {}
+        object.__setattr__(options, f.name, check(f.name, value, *limits, **also))
 
 
-def check_type(name: str, value: Any, kind: Any) -> Any:
+def check_type(name: str, value: Any, kind: Any, also: str = "") -> Any:
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {getattr(kind, '__name__', kind)}, got {value!r}")
+        raise TypeError(f"{name} must be a {getattr(kind, '__name__', kind)}{also}, got {value!r}")
     return value
 
 
@@ -69,8 +65,8 @@ def check_positive(name: str, value: Any, maximum: float = math.inf) -> float:
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+    if value not in tuple(choices):
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
     return value
 
 

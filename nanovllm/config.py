@@ -15,23 +15,24 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
-from nanovllm.checks import check_choice, check_fields, check_int, check_positive
+from nanovllm.checks import check_choice, check_fields, check_int, check_positive, check_type
 
-ATTENTION_BACKENDS = ("auto", "reference", "triton", "flash-attn")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DTYPE_CHOICES = ("auto", *DTYPES, *DTYPES.values())
+DTYPES: dict[Any, torch.dtype] = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+DTYPES |= {dtype: dtype for dtype in DTYPES.values()}
+DTYPE_CHOICES = ("auto", *DTYPES)
 
 
 def check_backend(name: str, value: Any) -> Any:
-    """One of `ATTENTION_BACKENDS`, or an object of one's own that can attend."""
+    """The name of one, or an object of one's own that can attend."""
     is_own = callable(getattr(value, "attend", None)) and not isinstance(value, type)
-    return value if is_own else check_choice(name, value, ATTENTION_BACKENDS)
+    return value if is_own else check_choice(name, value, ("auto", "reference", "triton", "flash-attn"))
 
 
-def check_only(name: str, value: Any, only: int, reason: str) -> Any:
-    """An option that others know, of which only one value is supported."""
-    if value != only or isinstance(value, bool) != isinstance(only, bool):
-        raise ValueError(f"{name} must be {only}, got {value!r}: {reason}")
+def check_device(name: str, value: Any) -> Any:
+    """The CPU, or a CUDA device that is there."""
+    check_type(name, value, str | torch.device)
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    check_choice(name, str(value), ("auto", "cpu", *(["cuda", *gpus] if gpus else [])))
     return value
 
 
@@ -74,19 +75,19 @@ class Config:
     tensor_parallel_size: Annotated[int, check_int, 1] = 1
     kvcache_block_size: Annotated[int | None, check_int, 1] = None
     num_kvcache_blocks: Annotated[int, check_int, -1] = -1
-    device: str | torch.device = "auto"
+    device: Annotated[str | torch.device, check_device] = "auto"
     dtype: Annotated[str | torch.dtype, check_choice, DTYPE_CHOICES] = "auto"
     attention_backend: Annotated[Any, check_backend] = "auto"
-    model_class: type | None = None
+    model_class: Annotated[type | None, check_type, type] = None
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
     load_format: Annotated[str, check_choice, ("auto", "dummy")] = "auto"
     seed: Annotated[int | None, check_int, -(2**63), 2**63 - 1] = None
-    tokenizer: str | PathLike | None = None
-    revision: str | None = None
+    tokenizer: Annotated[str | PathLike | None, check_type, str | PathLike] = None
+    revision: Annotated[str | None, check_type, str] = None
     use_tqdm: bool = True
-    trust_remote_code: Annotated[bool, check_only, False, "code from a checkpoint is never run"] = False
-    enable_chunked_prefill: Annotated[bool, check_only, True, "every prompt may be cut into chunks"] = True
+    trust_remote_code: Annotated[bool, check_choice, (False,)] = False
+    enable_chunked_prefill: Annotated[bool, check_choice, (True,)] = True
 
     @classmethod
     def from_options(cls, model: str | PathLike[str], options: dict[str, Any]) -> "Config":
@@ -106,58 +107,34 @@ class Config:
                 raise ValueError(f"{name} must be a folder or a Hub id, got ''")
         if self.num_kvcache_blocks in (0, 1):
             raise ValueError(f"num_kvcache_blocks must be -1 or at least 2, got {self.num_kvcache_blocks}")
-        self._check_devices()
-
-    def _check_devices(self) -> None:
-        device, size = self.torch_device, self.tensor_parallel_size
-        if size == 1:
-            return
-        if device.index is not None:
-            raise ValueError(
-                f"device must be 'auto', 'cpu' or 'cuda' with tensor_parallel_size={size}, got {str(device)!r}"
-            )
-        if device.type == "cuda" and not dist.is_torchelastic_launched() and size > torch.cuda.device_count():
-            raise ValueError(
-                f"tensor_parallel_size must be at most {torch.cuda.device_count()}, the number of CUDA devices, got {size}"
-            )
+        if self.tensor_parallel_size > 1:
+            check_choice("device of several ranks", str(self.device), ("auto", "cpu", "cuda"))
+            if self.torch_device.type == "cuda" and not dist.is_torchelastic_launched():
+                check_int("tensor_parallel_size on these GPUs", self.tensor_parallel_size, 1, torch.cuda.device_count())
 
     def device_of(self, local_rank: int) -> torch.device:
         """The device of a rank, `local_rank` being its number on its machine."""
-        device = self.torch_device
-        is_one_of_many = self.tensor_parallel_size > 1 and device.type == "cuda"
-        return torch.device("cuda", local_rank) if is_one_of_many else device
+        is_one_of_many = self.tensor_parallel_size > 1 and self.torch_device.type == "cuda"
+        return torch.device("cuda", local_rank) if is_one_of_many else self.torch_device
 
     @property
     def torch_device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            device = None
-        if device is None or device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {self.device!r}")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device '{device}' is not there: {torch.cuda.device_count()} CUDA devices are")
-        return device
+        available = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(available if self.device == "auto" else self.device)
 
     def torch_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
-        if isinstance(self.dtype, torch.dtype):
-            return self.dtype
         return checkpoint if self.dtype == "auto" else DTYPES[self.dtype]
 
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
-ROPE_PARAMETERS = {  # rope type: (parameters it must have, parameters it may have)
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
-    "yarn": (
-        ("factor", "original_max_position_embeddings"),
-        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-    ),
+ROPE_PARAMETERS = {  # rope type: parameters it must have
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
+YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 
 
 @dataclass(frozen=True)
@@ -174,18 +151,14 @@ class RopeConfig:
         scaling = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
         beside = {name: getattr(hf, name, None) for name in ("rope_theta", "partial_rotary_factor")}
         given = {name: value for name, value in [*beside.items(), *scaling.items()] if value is not None}
-        old_type = given.pop("type", "default")
-        rope_type = given.pop("rope_type", old_type)
+        rope_type = given.pop("rope_type", given.pop("type", "default"))
         theta = given.pop("rope_theta", cls.theta)
-        partial = given.pop("partial_rotary_factor", 1.0)
-        if partial != 1.0:  # a part of each head is rotated
-            raise ValueError(f"partial_rotary_factor {partial} is not supported; 1.0 is")
-        if rope_type not in ROPE_PARAMETERS:
-            raise ValueError(f"rope scaling {rope_type!r} is not supported; {', '.join(ROPE_PARAMETERS)} are")
-        required, optional = ROPE_PARAMETERS[rope_type]
+        check_choice("partial_rotary_factor of the checkpoint", given.pop("partial_rotary_factor", 1.0), (1.0,))
+        required = ROPE_PARAMETERS[check_choice("rope scaling of the checkpoint", rope_type, ROPE_PARAMETERS)]
         if "original_max_position_embeddings" in required:
             given.setdefault("original_max_position_embeddings", hf.max_position_embeddings)
         missing = [name for name in required if name not in given]
+        optional = YARN_OPTIONS if rope_type == "yarn" else ()
         unknown = [name for name in given if name not in required + optional]
         if missing or (unknown and rope_type != "default"):
             raise ValueError(f"rope scaling {rope_type!r}: missing {missing}, not supported {unknown}")
@@ -223,12 +196,12 @@ class ModelConfig:
 
     def check_ranks(self, size: int) -> None:
         """Raise unless the model can be cut between so many ranks, with one or more whole heads to each."""
-        sizes = f"{self.num_heads} attention heads, {self.num_kv_heads} key-value heads, intermediate size {self.intermediate_size}"
-        kv_fits = self.num_kv_heads % size == 0 or size % self.num_kv_heads == 0
-        if self.num_heads % size or self.intermediate_size % size or not kv_fits:
+        heads, kv_heads, intermediate = self.num_heads, self.num_kv_heads, self.intermediate_size
+        if heads % size or intermediate % size or (kv_heads % size and size % kv_heads):
             raise ValueError(
-                f"tensor_parallel_size must divide the model's heads and intermediate size, and divide its key-value heads or "
-                f"be a multiple of them, got {size} for {sizes}"
+                "tensor_parallel_size must divide the model's heads and intermediate size, and divide its key-value heads "
+                f"or be a multiple of them, got {size} for {heads} attention heads, {kv_heads} key-value heads and "
+                f"intermediate size {intermediate}"
             )
 
     @classmethod
@@ -238,21 +211,18 @@ class ModelConfig:
         Raises:
             ValueError: for an architecture or a feature that this engine does not run, by name.
         """
-        check_choice("model_type of the checkpoint", hf.model_type, tuple(ARCHITECTURES))
+        check_choice("model_type of the checkpoint", hf.model_type, ARCHITECTURES)
         for architecture in getattr(hf, "architectures", None) or ():
-            check_choice("architecture of the checkpoint", architecture, tuple(ARCHITECTURES.values()))
+            check_choice("architecture of the checkpoint", architecture, ARCHITECTURES.values())
         if getattr(hf, "quantization_config", None):
             method = dict(hf.quantization_config).get("quant_method", "of unknown kind")
-            raise ValueError(f"quantised checkpoints ({method}) are not supported; {', '.join(DTYPES)} are")
-        if hf.hidden_act != "silu":
-            raise ValueError(f"activation {hf.hidden_act!r} is not supported; 'silu' is")
+            raise ValueError(f"quantised checkpoints ({method}) are not supported; bfloat16, float16 and float32 are")
+        check_choice("activation of the checkpoint", hf.hidden_act, ("silu",))
         slides = getattr(hf, "use_sliding_window", False) and hf.max_window_layers < hf.num_hidden_layers
         if slides or "sliding_attention" in (getattr(hf, "layer_types", None) or ()):
             raise ValueError(f"sliding-window attention (window {hf.sliding_window}) is not supported")
         attention_bias = getattr(hf, "attention_bias", False)
         dtype: Any = getattr(hf, "dtype", None) or getattr(hf, "torch_dtype", None) or torch.float32
-        dtype = DTYPES.get(dtype, dtype)
-        check_choice("dtype of the checkpoint", dtype, tuple(DTYPES.values()))
         return cls(
             vocab_size=hf.vocab_size,
             hidden_size=hf.hidden_size,
@@ -269,7 +239,7 @@ class ModelConfig:
             qkv_bias=hf.model_type == "qwen2" or attention_bias,
             o_bias=hf.model_type != "qwen2" and attention_bias,
             mlp_bias=getattr(hf, "mlp_bias", False),
-            dtype=dtype,
+            dtype=DTYPES[check_choice("dtype of the checkpoint", dtype, DTYPES)],
             eos_token_ids=token_id_set(getattr(hf, "eos_token_id", None)),
         )
 
@@ -277,42 +247,32 @@ class ModelConfig:
     def from_folder(cls, folder: Path, read: Callable[[Any], "ModelConfig"]) -> "ModelConfig":
         """Have `config.json` read, and read the end-of-sequence tokens of `generation_config.json` where there are any."""
         file = folder / "config.json"
-        if not file.is_file():
-            raise ValueError(f"model folder {str(folder)!r} has no config.json")
         if "model_type" not in read_json(file):
-            raise ValueError(f"{str(file)!r} has no model_type")
+            raise ValueError(f"model folder {str(folder)!r} has no config.json with a model_type")
         try:
             hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # transformers checks values too, and raises what it likes
             raise ValueError(f"{str(file)!r} is refused by transformers: {error}") from error
         config = read(hf)
-        generation_config = folder / "generation_config.json"
-        if generation_config.is_file():
-            eos = token_id_set(read_json(generation_config).get("eos_token_id"))
-            config = replace(config, eos_token_ids=eos or config.eos_token_ids)
-        return config
+        eos_token_ids = token_id_set(read_json(folder / "generation_config.json").get("eos_token_id"))
+        return replace(config, eos_token_ids=eos_token_ids or config.eos_token_ids)
 
     @property
     def max_len(self) -> int:
         """The longest sequence that the positions are made for."""
-        if self.rope.type == "yarn":
-            scaled = self.rope.parameters["factor"] * self.rope.parameters["original_max_position_embeddings"]
-            return max(self.max_position_embeddings, int(scaled))
-        return self.max_position_embeddings
+        given = self.rope.parameters
+        scaled = given["factor"] * given["original_max_position_embeddings"] if self.rope.type == "yarn" else 0
+        return max(self.max_position_embeddings, int(scaled))
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError with the file's name if there is none."""
+    """The object in a JSON file, an empty one where there is no file; ValueError with its name if it holds none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return check_type("its content", content, dict)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{str(file)!r} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(file)!r} is damaged: it holds no object")
-    return content
 
 
 def token_id_set(ids: int | list[int] | None) -> frozenset[int]:
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset([ids] if isinstance(ids, int) else ids or ())

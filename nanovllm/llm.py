@@ -2,28 +2,27 @@
 
 import random
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from os import PathLike
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from nanovllm.config import Config, read_json
+from nanovllm.checks import check_list, check_type
+from nanovllm.config import Config, read_json, token_id_set
 from nanovllm.engine.llm_engine import LLMEngine, StepCounts, no_full_collections
 from nanovllm.engine.sequence import LogprobRow, Sequence
 from nanovllm.models.loader import resolve_model
 from nanovllm.outputs import CompletionOutput, Increment, Logprob, RequestMetrics, RequestOutput
-from nanovllm.prompts import Prompt, check_params, check_request, parse_requests
+from nanovllm.prompts import Params, Prompt, Prompts, check_params, check_request, parse_requests
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text import Detokenizer, Text
 
-Message = Mapping[str, Any]
+Conversations = Seq[Mapping[str, Any]] | Seq[Seq[Mapping[str, Any]]]
 
 
 class LLM:
@@ -43,16 +42,10 @@ class LLM:
         self.engine = LLMEngine(self.config)
         self._ids = count()
         self._random = random.Random(self.config.seed)
-        tokenizer = self.config.tokenizer
-        self._text = Text(self.engine.folder if tokenizer is None else resolve_model(tokenizer))
+        self._text = Text(resolve_model(self.config.tokenizer) if self.config.tokenizer else self.engine.folder)
 
     @no_full_collections()
-    def generate(
-        self,
-        prompts: Prompt | Seq[Prompt],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
         """Complete the prompts; results in their order.
 
         Args:
@@ -65,61 +58,51 @@ class LLM:
             BaseException: whatever happens in the middle, Ctrl-C included, with `outputs` on it: a list in the
                 prompts' order of what had finished, None for the rest. The LLM can be used again.
         """
-        requests = self._make_requests(prompts, sampling_params)
-        places = {request[0].request_id: i for i, request in enumerate(requests)}
-        outputs: list[RequestOutput | None] = [None] * len(requests)
+        requests = {request[0].request_id: request for request in self._make_requests(prompts, sampling_params)}
+        outputs: dict[int, RequestOutput] = {}
 
-        def collect(places: Iterable[int]) -> int:
-            """Fill in the outputs of requests that are done; returns how many were."""
-            done = [i for i in places if outputs[i] is None and all(seq.is_finished for seq in requests[i])]
-            for i in done:
-                outputs[i] = self._make_output(requests[i])
-            return len(done)
+        def collect(request_ids: Iterable[int]) -> None:
+            """Make the outputs of those requests that are done."""
+            for request_id in request_ids:
+                if request_id not in outputs and all(seq.is_finished for seq in requests[request_id]):
+                    outputs[request_id] = self._make_output(requests[request_id])
 
         try:
-            self._start(requests)
-            num_done = 0
-            with _ProgressBar(len(requests), use_tqdm) as bar:
-                while num_done < len(requests) and not self.engine.is_idle:
-                    counts = self.engine.step()
-                    num_new = collect({places[seq.request_id] for seq in self.engine.take_finished(places)})
-                    num_done += num_new
-                    bar.update(num_new, counts, self.engine)
+            self._start(requests.values())
+            counts = StepCounts()
+            with tqdm(total=len(requests), desc="Generating", unit="request", disable=not use_tqdm) as bar:
+                while len(outputs) < len(requests) and not self.engine.is_idle:
+                    counts = counts.plus(self.engine.step())
+                    collect({seq.request_id for seq in self.engine.take_finished(requests)})
+                    if use_tqdm:
+                        self._show(bar, len(outputs), counts)
         except BaseException as error:
-            error.outputs = outputs  # type: ignore[attr-defined]
             try:
-                collect(range(len(requests)))
+                collect(requests)
             finally:
-                self.engine.abort(set(places))
+                error.outputs = [outputs.get(request_id) for request_id in requests]  # type: ignore[attr-defined]
+                self.engine.abort(set(requests))
             raise
-        return [output for output in outputs if output is not None]
+        return [outputs[request_id] for request_id in requests if request_id in outputs]
 
     def chat(
-        self,
-        conversations: Seq[Message] | Seq[Seq[Message]],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-        **template_options: Any,
+        self, conversations: Conversations, sampling_params: Params = None, use_tqdm: bool = True, **options: Any
     ) -> list[RequestOutput]:
         """Answer conversations, one or a list of them, each a list of {"role": …, "content": …}.
 
         Args:
-            template_options: of the tokenizer's `apply_chat_template` and of the model's own chat template:
+            options: of the tokenizer's `apply_chat_template` and of the model's own chat template:
                 `add_generation_prompt` (True), `continue_final_message`, `tools`, `chat_template`, `enable_thinking` …;
                 vLLM's `chat_template_kwargs` is taken too.
 
         Raises:
             TypeError, ValueError: as `generate`; no chat template, or one that refuses the conversation.
         """
-        if not isinstance(conversations, Seq) or isinstance(conversations, str):
-            raise TypeError(f"conversations must be a list of messages or of conversations, got {conversations!r}")
+        check_list("conversations", conversations, check_type, Seq | Mapping)
         tokenizer = self.tokenizer
         is_one = len(conversations) > 0 and isinstance(conversations[0], Mapping)
-        options = {"add_generation_prompt": True} | template_options | {"tokenize": False}
-        more = options.pop("chat_template_kwargs", None) or {}
-        if not isinstance(more, Mapping):
-            raise TypeError(f"chat_template_kwargs must be a dict or None, got {more!r}")
-        options |= more
+        more = check_type("chat_template_kwargs", options.pop("chat_template_kwargs", None) or {}, Mapping)
+        options = {"add_generation_prompt": True, **options, **more, "tokenize": False}
         prompts = []
         for i, conversation in enumerate([conversations] if is_one else conversations):
             try:
@@ -130,34 +113,33 @@ class LLM:
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def stream(
-        self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
-    ) -> Iterator[Increment]:
+    def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[Increment]:
         """As `generate`, step by step: an iterator of what is new. Leaving it drops what is not finished."""
         return self._increments(self._make_requests(prompts, sampling_params, is_stream=True))
 
     def _increments(self, requests: list[list[Sequence]]) -> Iterator[Increment]:
         request_ids = {request[0].request_id for request in requests}
-        running = [(i, j, seq) for i, request in enumerate(requests) for j, seq in enumerate(request)]
-        seen = {seq.seq_id: 0 for _, _, seq in running}
+        places = {seq: (i, j) for i, request in enumerate(requests) for j, seq in enumerate(request)}
+        num_given = dict.fromkeys(places, 0)  # tokens, of the sequences that have more to give
         try:
             self._start(requests)
             num_resets = self.engine.num_resets
-            while running:
+            while num_given:
                 if self.engine.num_resets != num_resets:
                     raise RuntimeError("an error in another call has dropped this stream's requests")
                 self.engine.step()
                 self.engine.take_finished(request_ids)
-                for i, j, seq in running:
-                    start, seen[seq.seq_id] = seen[seq.seq_id], seq.num_completion_tokens
+                for seq, start in list(num_given.items()):
+                    num_given[seq] = seq.num_completion_tokens
                     if start < seq.num_completion_tokens:
-                        yield self._increment(seq, i, j, start)
-                # One that another call finished meanwhile has more to give.
-                running = [
-                    (i, j, seq)
-                    for i, j, seq in running
-                    if not seq.is_finished or seen[seq.seq_id] < seq.num_completion_tokens
-                ]
+                        prompt_index, index = places[seq]
+                        completion = self._completion(seq, index, start)
+                        if seq.detokenizer is not None:
+                            completion["text"] = seq.detokenizer.take(completion["text"] if seq.is_finished else None)
+                        yield Increment(**completion, prompt_index=prompt_index)
+                    # One that another call finished meanwhile has more to give.
+                    if seq.is_finished and num_given[seq] == seq.num_completion_tokens:
+                        del num_given[seq]
         finally:
             self.engine.abort(request_ids)
 
@@ -176,8 +158,7 @@ class LLM:
         prompt tokens. An exception drops every unfinished request, and the LLM can be used again.
         """
         counts = self.engine.step()
-        finished = self.engine.take_finished(self._polled())
-        outputs = [(seq.request_id, seq.completion_token_ids) for seq in finished]
+        outputs = [(seq.request_id, seq.completion_token_ids) for seq in self.engine.take_finished(self._polled())]
         return outputs, counts.num_prefill_tokens or -counts.num_decode_tokens
 
     def is_finished(self) -> bool:
@@ -190,12 +171,10 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends."""
-        file = self.engine.folder / "generation_config.json"
-        recommended = read_json(file) if file.is_file() else {}
-        names = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
-        names |= {"max_new_tokens": "max_tokens"}
-        given = {name: recommended[hf_name] for hf_name, name in names.items() if hf_name in recommended}
-        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+        recommended = read_json(self.engine.folder / "generation_config.json")
+        recommended["max_tokens"] = recommended.get("max_new_tokens")
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
+        return SamplingParams(**{name: recommended[name] for name in names if recommended.get(name) is not None})
 
     def reset_prefix_cache(self) -> None:
         """Forget what is cached, so that no later request shares it."""
@@ -213,6 +192,8 @@ class LLM:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded when it is first asked for; ValueError if the folder has none."""
+        if self._text.tokenizer is None:
+            raise ValueError(f"{str(self._text.folder)!r} has no tokenizer: pass token ids, or LLM(tokenizer=...)")
         return self._text.tokenizer
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -228,7 +209,7 @@ class LLM:
     def __enter__(self) -> "LLM":
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -239,19 +220,14 @@ class LLM:
         """The requests of `add_request` of which something has finished."""
         return {seq.request_id for seq in self.engine.finished.values() if seq.is_polled}
 
-    def _make_requests(
-        self,
-        prompts: Prompt | Seq[Prompt],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None,
-        is_stream: bool = False,
-    ) -> list[list[Sequence]]:
+    def _make_requests(self, prompts: Prompts, params: Params, is_stream: bool = False) -> list[list[Sequence]]:
         """Validate everything that a call asks for, before anything runs; the sequences of each request, `n` of them."""
-        parsed = parse_requests(prompts, sampling_params)
+        parsed = parse_requests(prompts, params)
         texts = [request.text for request in parsed if request.token_ids is None]
         tokenized = iter(self.tokenizer(texts, verbose=False)["input_ids"] if texts else [])
         vocab_size, max_len = self.engine.model_config.vocab_size, self.engine.max_model_len
-        eos_token_ids = self._text.eos_token_ids | self.engine.model_config.eos_token_ids
-        eos_token_ids = frozenset(token_id for token_id in eos_token_ids if token_id < vocab_size)
+        eos_token_ids = token_id_set(getattr(self._text.tokenizer, "eos_token_id", None))
+        eos_token_ids = (eos_token_ids | self.engine.model_config.eos_token_ids).intersection(range(vocab_size))
         checked: set[int] = set()
         requests = []
         for name, text, token_ids, params in parsed:
@@ -263,9 +239,9 @@ class LLM:
             others = params if params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
             seed = self._random.getrandbits(63) if params.seed in (None, -1) else params.seed
             request_id = next(self._ids)
-            samples = []
-            for i in range(params.n):
-                seq = Sequence(
+            needs_text = params.stop or (is_stream and params.detokenize and self._text.tokenizer is not None)
+            samples = [
+                Sequence(
                     seq_id=next(self._ids),
                     request_id=request_id,
                     token_ids=list(token_ids),
@@ -275,49 +251,36 @@ class LLM:
                     max_tokens=min(params.max_tokens, max_len - len(token_ids)),
                     eos_token_ids=eos_token_ids,
                     prompt=text,
+                    detokenizer=Detokenizer(self.tokenizer, params) if needs_text else None,
                 )
-                if params.stop or (is_stream and params.detokenize and self._text.has_tokenizer):
-                    seq.detokenizer = Detokenizer(self.tokenizer, params)
-                samples.append(seq)
+                for i in range(params.n)
+            ]
             requests.append(samples)
         return requests
 
-    def _start(self, requests: list[list[Sequence]]) -> None:
-        for request in requests:
-            for seq in request:
-                self.engine.add(seq)
+    def _start(self, requests: Iterable[list[Sequence]]) -> None:
+        for seq in chain.from_iterable(requests):
+            self.engine.add(seq)
 
     def _make_output(self, samples: list[Sequence]) -> RequestOutput:
         first = samples[0]
-        prompt_logprobs = None
-        if first.params.prompt_logprobs is not None:
-            prompt_logprobs = self._candidates(first.token_ids, first.prompt_logprobs)
+        prompt_logprobs = list(map(self._candidates, first.token_ids, first.prompt_logprobs))
         return RequestOutput(
             request_id=first.request_id,
             prompt=first.prompt,
             prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
             outputs=[CompletionOutput(**self._completion(seq, i)) for i, seq in enumerate(samples)],
             num_cached_tokens=first.num_cached_tokens or 0,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=None if first.params.prompt_logprobs is None else prompt_logprobs,
             metrics=RequestMetrics(
-                first.arrival_time,
-                min(seq.first_token_time for seq in samples),
-                max(seq.finished_time for seq in samples),
+                first.arrival_time, min(s.first_token_time for s in samples), max(s.finished_time for s in samples)
             ),
         )
-
-    def _increment(self, seq: Sequence, prompt_index: int, index: int, start: int) -> Increment:
-        completion = self._completion(seq, index, start)
-        if seq.detokenizer is not None:
-            completion["text"] = seq.detokenizer.take(completion["text"] if seq.is_finished else None)
-        return Increment(**completion, prompt_index=prompt_index)
 
     def _completion(self, seq: Sequence, index: int, start: int = 0) -> dict[str, Any]:
         """The fields of a CompletionOutput, with tokens from `start` on, and all of the text if it is finished."""
         params, token_ids = seq.params, seq.completion_token_ids
-        logprobs = None
-        if params.logprobs is not None:
-            logprobs = self._candidates(token_ids[start:], seq.logprobs[start:])
+        logprobs = list(map(self._candidates, token_ids[start:], seq.logprobs[start:]))
         text = ""
         if isinstance(seq.stop_reason, str):
             text = seq.detokenizer.text if seq.detokenizer is not None else ""
@@ -330,44 +293,22 @@ class LLM:
             "token_ids": token_ids[start:],
             "finish_reason": seq.finish_reason,
             "stop_reason": seq.stop_reason,
-            "cumulative_logprob": None if logprobs is None else seq.cumulative_logprob,
-            "logprobs": logprobs,
+            "cumulative_logprob": None if params.logprobs is None else seq.cumulative_logprob,
+            "logprobs": None if params.logprobs is None else logprobs,
         }
 
-    def _candidates(self, token_ids: list[int], rows: Seq[LogprobRow | None]) -> list[Any]:
-        """For each token a dict of itself and the most likely ones of its row, with their texts."""
-        candidates: list[dict[int, Logprob] | None] = []
-        for token_id, row in zip(token_ids, rows, strict=False):
-            if row is None:
-                candidates.append(None)
-                continue
-            logprob, rank, values, ids = row
-            found = {token_id: Logprob(logprob, rank, self._text.of_token(token_id))}
-            found.update(zip(ids, map(Logprob, values, count(1), map(self._text.of_token, ids)), strict=True))
-            candidates.append(found)
-        return candidates
+    def _candidates(self, token_id: int, row: LogprobRow | None) -> dict[int, Logprob] | None:
+        """A token and the most likely ones in its place, with their texts."""
+        if row is None:
+            return None
+        logprob, rank, values, ids = row
+        found = {token_id: Logprob(logprob, rank, self._text.of_token(token_id))}
+        found.update(zip(ids, map(Logprob, values, count(1), map(self._text.of_token, ids)), strict=True))
+        return found
 
-
-class _ProgressBar:
-    """Finished requests, tokens per second since the start, and the KV pool's use."""
-
-    def __init__(self, num_requests: int, show: bool):
-        self.bar = tqdm(total=num_requests, desc="Generating", unit="request", disable=not show)
-        self.start = time.perf_counter()
-        self.total = StepCounts()
-
-    def __enter__(self) -> "_ProgressBar":
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.bar.close()
-
-    def update(self, num_finished: int, counts: StepCounts, engine: LLMEngine) -> None:
-        self.total = self.total.plus(counts)
-        if not self.bar.disable:
-            seconds = time.perf_counter() - self.start
-            prefill, decode = (num / seconds for num in self.total)
-            kv_usage = engine.stats()["kv_cache_usage"]
-            rates = {"prefill": f"{prefill:.0f}tok/s", "decode": f"{decode:.0f}tok/s", "KV": f"{kv_usage:.0%}"}
-            self.bar.set_postfix(rates, refresh=False)
-            self.bar.update(num_finished)
+    def _show(self, bar: tqdm, num_finished: int, counts: StepCounts) -> None:
+        """Finished requests, tokens per second since the start, and the KV pool's use."""
+        seconds = max(bar.format_dict["elapsed"], 1e-3)  # some clocks tick in 16 ms
+        rates = {name: f"{num / seconds:.0f}tok/s" for name, num in zip(("prefill", "decode"), counts, strict=True)}
+        bar.set_postfix(rates, KV=f"{self.stats()['kv_cache_usage']:.0%}", refresh=False)
+        bar.update(num_finished - bar.n)

@@ -5,10 +5,12 @@ from collections.abc import Sequence as Seq
 from numbers import Integral
 from typing import Any, NamedTuple
 
-from nanovllm.checks import check_int
+from nanovllm.checks import check_int, check_list, check_type
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | Seq[int] | dict[str, Any]
+Prompts = Prompt | Seq[Prompt]
+Params = SamplingParams | Seq[SamplingParams] | None  # one for all prompts, or one for each; None is the default
 
 
 class Request(NamedTuple):
@@ -20,22 +22,26 @@ class Request(NamedTuple):
     params: SamplingParams
 
 
-def parse_requests(
-    prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None
-) -> list[Request]:
+def parse_requests(prompts: Prompts, params: Params) -> list[Request]:
     """The requests of one call, in order; TypeError or ValueError name the prompt that is none."""
-    every = _as_list(prompts)
-    pairs = zip(every, _as_params(sampling_params, len(every)), strict=True)
-    return [_parse(f"prompts[{i}]", prompt, params) for i, (prompt, params) in enumerate(pairs)]
+    if not isinstance(prompts, Seq | dict) or isinstance(prompts, bytes | bytearray):
+        raise TypeError(f"prompts must be text, token ids, a dict or a list of these, got {type(prompts).__name__}")
+    is_one = isinstance(prompts, str | dict) or isinstance(next(iter(prompts), None), Integral)
+    every: Any = [prompts] if is_one else prompts
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(every)
+    params = check_list("sampling_params", params, check_type, SamplingParams, also=" or SamplingParams")
+    if len(params) != len(every):
+        raise ValueError(f"sampling_params has {len(params)} entries for {len(every)} prompts; one for each is needed")
+    return [_parse(f"prompts[{i}]", every[i], params[i]) for i in range(len(every))]
 
 
 def check_request(name: str, token_ids: list[int], vocab_size: int, max_len: int) -> None:
     """Raise unless a model of this vocabulary and length can run the prompt."""
     if not token_ids:
         raise ValueError(f"{name} is empty: a prompt needs at least one token")
-    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-        wrong = next(t for t in token_ids if not 0 <= t < vocab_size)
-        raise ValueError(f"{name} has token id {wrong}; the vocabulary is [0, {vocab_size})")
+    for token_id in (min(token_ids), max(token_ids)):
+        check_int(f"token ids of {name}", token_id, 0, vocab_size - 1)
     if len(token_ids) >= max_len:
         raise ValueError(f"{name} has {len(token_ids)} tokens; max_model_len={max_len} leaves no room for more")
 
@@ -55,26 +61,6 @@ def check_params(name: str, params: SamplingParams, vocab_size: int, eos_token_i
         )
 
 
-def _as_list(prompts: Any) -> list[Any]:
-    """One prompt or many, as a list of prompts."""
-    if isinstance(prompts, str | dict):
-        return [prompts]
-    if not isinstance(prompts, Seq) or isinstance(prompts, bytes | bytearray):
-        raise TypeError(f"prompts must be text, token ids, a dict or a list of these, got {type(prompts).__name__}")
-    is_one = len(prompts) > 0 and isinstance(prompts[0], Integral)
-    return [prompts] if is_one else list(prompts)
-
-
-def _as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
-    if not isinstance(params, Seq) or not all(isinstance(p, SamplingParams) for p in params):
-        raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {params!r}")
-    if len(params) != num_prompts:
-        raise ValueError(f"sampling_params has {len(params)} entries for {num_prompts} prompts; one for each is needed")
-    return list(params)
-
-
 def _parse(name: str, prompt: Any, params: SamplingParams) -> Request:
     if not isinstance(prompt, dict):
         prompt = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
@@ -83,14 +69,13 @@ def _parse(name: str, prompt: Any, params: SamplingParams) -> Request:
     text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
     if not isinstance(text, str | None):
         raise TypeError(f"{name} must have text as its prompt, got {text!r}")
-    if token_ids is None and text is not None:
-        try:
+    try:
+        if token_ids is None and text is not None:
             text.encode()
-        except UnicodeEncodeError as error:  # half a surrogate pair, which no tokenizer takes
-            raise ValueError(f"{name} must be text in Unicode, got {text!r:.200}: {error}") from None
-    else:
-        try:
+        else:
             token_ids = array("q", iter(token_ids)).tolist()  # takes every kind of integer, and nothing else
-        except (TypeError, OverflowError):
-            raise TypeError(f"{name} must be text or a list of token ids, got {token_ids!r:.200}") from None
+    except UnicodeEncodeError as error:  # half a surrogate pair, which no tokenizer takes
+        raise ValueError(f"{name} must be text in Unicode, got {text!r:.200}: {error}") from None
+    except (TypeError, OverflowError):
+        raise TypeError(f"{name} must be text or a list of token ids, got {token_ids!r:.200}") from None
     return Request(name, text, token_ids, params)

@@ -10,15 +10,13 @@ LogitsProcessor = Callable[..., Any]
 
 
 def check_text(name: str, value: Any) -> str:
-    check_type(name, value, str)
-    if not value:
+    if not check_type(name, value, str):
         raise ValueError(f"{name} must be a non-empty text, got {value!r}")
     return value
 
 
 def check_biases(name: str, value: Any, also: str = "") -> dict[int, float]:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict{also}, got {value!r}")
+    check_type(name, value, Mapping, also)
     return {
         check_int(f"{name}, its token ids,", token_id, 0): check_float(f"{name}[{token_id}]", bias, -100.0, 100.0)
         for token_id, bias in value.items()

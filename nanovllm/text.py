@@ -6,7 +6,6 @@ from pathlib import Path
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nanovllm.config import token_id_set
 from nanovllm.sampling_params import SamplingParams
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -20,22 +19,12 @@ class Text:
         self.of_token = cache(lambda token_id: self.decode([token_id]))
 
     @cached_property
-    def has_tokenizer(self) -> bool:
-        return any((self.folder / name).is_file() for name in TOKENIZER_FILES)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """ValueError if the folder has none."""
-        if not self.has_tokenizer:
-            raise ValueError(f"{str(self.folder)!r} has no tokenizer: pass prompts as token ids, or LLM(tokenizer=...)")
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-
-    @cached_property
-    def eos_token_ids(self) -> frozenset[int]:
-        return token_id_set(self.tokenizer.eos_token_id) if self.has_tokenizer else frozenset()
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        has_tokenizer = any((self.folder / name).is_file() for name in TOKENIZER_FILES)
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False) if has_tokenizer else None
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-        if not token_ids or not self.has_tokenizer:
+        if self.tokenizer is None:
             return ""
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
@@ -69,19 +58,15 @@ class Detokenizer:
                 raise
             self._stream = DecodeStream()
             new = self._stream.step(self._tokenizer, token_id)
-        if not new:
-            return None
         known = len(self.text)
-        self.text += new
-        if not may_stop:
+        self.text += new or ""
+        if not new or not may_stop:
             return None
-        found = [(self.text.find(stop, max(0, known - len(stop) + 1)), stop) for stop in self.stop]
-        found = [(start, stop) for start, stop in found if start >= 0]
-        if not found:
-            return None
-        start, stop = min(found, key=lambda place: place[0])
-        self.text = self.text[: start + len(stop) if self.includes_stop else start]
-        return stop
+        starts = {stop: self.text.find(stop, max(0, known - len(stop) + 1)) for stop in self.stop}
+        found = min((stop for stop in self.stop if starts[stop] >= 0), key=starts.__getitem__, default=None)
+        if found is not None:
+            self.text = self.text[: starts[found] + (len(found) if self.includes_stop else 0)]
+        return found
 
     def take(self, whole: str | None = None) -> str:
         """The text that was not given out before; with the `whole` text of a completion that ended, all the rest.

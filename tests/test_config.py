@@ -180,7 +180,7 @@ def test_a_cuda_device_must_be_there(monkeypatch: Any, num_gpus: int, device: st
     if is_there:
         assert Config(model="folder", device=device).torch_device == torch.device(device)
     else:
-        with pytest.raises(ValueError, match=f"device '{device}' is not there: {num_gpus} CUDA devices are"):
+        with pytest.raises(ValueError, match=f"device must be 'auto' or 'cpu'.*, got '{device}'"):
             Config(model="folder", device=device)
 
 
@@ -308,11 +308,11 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "mixture of experts": (Qwen3MoeConfig(**TINY), "model_type .*'qwen3_moe'"),
     "classifier": (new_config(architectures=["LlamaForSequenceClassification"]), "'LlamaForSequenceClassification'"),
     "quantised": (new_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised .*gptq"),
-    "gelu": (new_config(hidden_act="gelu"), "activation 'gelu'"),
+    "gelu": (new_config(hidden_act="gelu"), "activation .*'gelu'"),
     "int8": (new_config(dtype="int8"), "dtype of the checkpoint .*torch.int8"),
     "float8": (old_config(torch_dtype="float8_e4m3fn"), "dtype of the checkpoint .*float8_e4m3fn"),
-    "dynamic rope": (old_config(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope scaling 'dynamic'"),
-    "longrope": (old_config(rope_scaling={"rope_type": "longrope", "factor": 2.0}), "rope scaling 'longrope'"),
+    "dynamic rope": (old_config(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope scaling .*'dynamic'"),
+    "longrope": (old_config(rope_scaling={"rope_type": "longrope", "factor": 2.0}), "rope scaling .*'longrope'"),
     "no factor": (old_config(rope_scaling={"type": "linear"}), r"'linear': missing \['factor'\]"),
     "no low_freq_factor": (
         old_config(rope_scaling={**LLAMA3, "rope_type": "llama3", "low_freq_factor": None}),
@@ -454,7 +454,7 @@ def test_what_transformers_refuses_in_a_folder_is_a_value_error_too(
     [
         ({"model_type": "no_such_model"}, "no_such_model"),
         ({"model_type": "mistral"}, "model_type of the checkpoint .*got 'mistral'"),
-        ({}, "has no model_type"),
+        ({}, "has no config.json with a model_type"),
     ],
 )
 def test_a_folder_of_another_model_type_is_refused_by_name(

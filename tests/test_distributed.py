@@ -19,7 +19,7 @@ from parallel_models import FailsAtStart, FailsInTheMiddle
 from nanovllm import LLM, SamplingParams
 from nanovllm.distributed import Group
 from nanovllm.engine.memory import GIB, check_weights_fit
-from nanovllm.layers.embedding import vocabulary_share
+from nanovllm.layers.linear import vocabulary_share
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers are joined by socket pairs")
 

@@ -23,7 +23,6 @@ from nanovllm.kernels import logprobs, truncation
 from nanovllm.kernels.all_reduce import PROGRAMS, all_reduce, memory_bytes
 from nanovllm.kernels.gumbel import gumbel_max
 from nanovllm.layers import sampler
-from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import RopeConfig, RotaryEmbedding
 from nanovllm.layers.sampler import SamplingBatch, gumbel_noise, pack_sampling
 from nanovllm.sampling_params import SamplingParams
@@ -55,7 +54,7 @@ def make_case(config, device, block_size, context_lens, query_lens=None, has_nor
     caches = torch.randn(2, num_rows * per_row, block_size, kv_heads, head_dim, generator=generator)
     norms = None
     if has_norm:
-        norms = (RMSNorm(head_dim, 1e-6, torch.float32), RMSNorm(head_dim, 1e-6, torch.float32))
+        norms = tuple(torch.nn.RMSNorm(head_dim, 1e-6).requires_grad_(False) for _ in range(2))
         for norm in norms:
             norm.weight.normal_(1.0, 0.2, generator=generator)
             norm.to(device)

@@ -130,9 +130,9 @@ WRONG_CALLS = [
         "id too high",
         lambda llm: llm.generate([[1], [2, 128]]),
         ValueError,
-        r"prompts\[1\] has token id 128.*\[0, 128\)",
+        r"token ids of prompts\[1\] must be in \[0, 127\], got 128",
     ),
-    ("negative id", lambda llm: llm.generate([[-1]]), ValueError, r"prompts\[0\] has token id -1"),
+    ("negative id", lambda llm: llm.generate([[-1]]), ValueError, r"token ids of prompts\[0\] .*got -1"),
     (
         "too long",
         lambda llm: llm.generate([[1], [2] * 128]),
@@ -141,7 +141,7 @@ WRONG_CALLS = [
     ),
     ("no tokenizer", lambda llm: llm.generate("hello"), ValueError, "has no tokenizer"),
     ("params type", lambda llm: llm.generate([[1]], {"temperature": 1}), TypeError, "sampling_params must be"),
-    ("params list type", lambda llm: llm.generate([[1]], [None]), TypeError, "sampling_params must be"),
+    ("params list type", lambda llm: llm.generate([[1]], [None]), TypeError, r"sampling_params\[0\] must be"),
     ("params count", lambda llm: llm.generate([[1], [2]], [greedy(1)]), ValueError, "1 entries for 2 prompts"),
     (
         "logprobs",

@@ -102,6 +102,12 @@ def test_a_row_that_is_greedy_or_leaves_nothing_out_keeps_everything():
     assert least_kept(logits, make_batch(params, 4)).tolist() == [-torch.inf, 3.0, 1.0]
 
 
+def test_a_row_without_any_token_is_no_error():
+    """A processor may have banned them all."""
+    logits = torch.full((1, 4), -torch.inf)
+    assert 0 <= sample(logits, make_batch([SamplingParams(top_k=2, top_p=0.5, min_p=0.1)], 4)).item() < 4
+
+
 def test_greedy_takes_the_lowest_of_tied_tokens_also_beside_random_rows():
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0]]).repeat(2, 1).bfloat16()
     greedy = SamplingParams(temperature=0)

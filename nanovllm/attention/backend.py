@@ -3,9 +3,9 @@
 from typing import Any
 
 from torch import Tensor
+from torch.nn import RMSNorm
 
 from nanovllm.engine.batch import INT, Batch
-from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import Rotary, apply_rotary
 
 

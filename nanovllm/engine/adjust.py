@@ -8,7 +8,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nanovllm.engine.sequence import Sequence
-from nanovllm.sampling_params import LogitsProcessor
 
 Send = Callable[[ArrayLike], Tensor]  # to the device, without waiting
 Asking = list[tuple[int, Sequence]]  # sequences with their rows
@@ -26,13 +25,17 @@ def adjust(logits: Tensor, sequences: list[Sequence], send: Send) -> Tensor:
     _keep_allowed(logits, asking, send)
     for i, seq in asking:
         for processor, takes_prompt in seq.processors:
-            logits[i] = _process(processor, takes_prompt, seq, logits[i])
+            prompt = [seq.token_ids[: seq.num_prompt_tokens]] if takes_prompt else []
+            row = processor(*prompt, seq.completion_token_ids, logits[i])
+            if not isinstance(row, Tensor) or row.shape != logits[i].shape:
+                shape = list(logits[i].shape)
+                raise TypeError(f"logits_processors: {processor!r} must return logits {shape}, got {row!r}")
+            logits[i] = row
     return logits
 
 
 def _penalize(logits: Tensor, penalized: Asking, send: Send) -> None:
     """Repetition (prompt and completion), presence and frequency (completion) penalties, on their rows in place."""
-    params = [seq.params for _, seq in penalized]
     histories = [seq.history for _, seq in penalized]
     lens = [len(history) for history in histories]
     ends = np.cumsum(lens)
@@ -45,6 +48,7 @@ def _penalize(logits: Tensor, penalized: Asking, send: Send) -> None:
     is_known.view(-1).scatter_(0, place, True)
     counts = logits.new_zeros(is_known.shape)
     counts.view(-1).scatter_add_(0, place, in_completion.float())
+    params = (seq.params for _, seq in penalized)
     penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
     repetition, presence, frequency = send(np.array(penalties, np.float32)).unsqueeze(2).unbind(1)
     rows = send([i for i, _ in penalized])
@@ -71,11 +75,3 @@ def _keep_allowed(logits: Tensor, asking: Asking, send: Send) -> None:
         kept = logits.view(-1).index_select(0, places)
         logits.index_fill_(0, send([i for i, _ in allowed]), -torch.inf)
         logits.view(-1).index_copy_(0, places, kept)
-
-
-def _process(processor: LogitsProcessor, takes_prompt: bool, seq: Sequence, logits: Tensor) -> Tensor:
-    prompt = [seq.token_ids[: seq.num_prompt_tokens]] if takes_prompt else []
-    processed = processor(*prompt, seq.completion_token_ids, logits)
-    if not isinstance(processed, Tensor) or processed.shape != logits.shape:
-        raise TypeError(f"logits_processors: {processor!r} must return logits {list(logits.shape)}, got {processed!r}")
-    return processed

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import RMSNorm
 
 from nanovllm.engine.batch import Batch
-from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import Rotary
 
 

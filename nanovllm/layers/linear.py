@@ -1,4 +1,4 @@
-"""Linear layers, whole or cut between the ranks, whose weights know their names in a checkpoint."""
+"""Linear layers and the embedding, whole or cut between the ranks; their weights know their names in a checkpoint."""
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,10 @@ class Linear(nn.Module):
         """
         if not torch.backends.mkldnn.is_available():
             return
-        fast_dtypes = {
-            torch.float32: True,
-            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-        }
-        if fast_dtypes[self.weight.dtype]:
-            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
+        onednn = torch.ops.mkldnn
+        is_fast = {torch.bfloat16: onednn._is_mkldnn_bf16_supported, torch.float16: onednn._is_mkldnn_fp16_supported}
+        if self.weight.dtype == torch.float32 or is_fast[self.weight.dtype]():
+            packed = onednn._reorder_linear_weight(self.weight, None)
             self.weight = nn.Parameter(packed, requires_grad=False)
 
 
@@ -57,6 +54,29 @@ class RowParallelLinear(Linear):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x, self.bias if self.group.rank == 0 else None)
+        return self.group.all_reduce(y) if self.group.is_connected else y
+
+
+def vocabulary_share(vocab_size: int, group: Group) -> Share:
+    """This rank's tokens, as many on every rank: the last ones may have tokens that no vocabulary has."""
+    size = -(-vocab_size // group.size)
+    return Share(group.rank * size, size, vocab_size)
+
+
+class ParallelEmbedding(nn.Module):
+    """A rank's rows of W [vocabulary, hidden]; for tokens of other ranks it adds nothing to the sum."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype, group: Group):
+        super().__init__()
+        self.share = vocabulary_share(vocab_size, group)
+        self.group = group
+        self.weight = nn.Parameter(torch.empty(self.share.size, hidden_size, dtype=dtype), requires_grad=False)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
         if not self.group.is_connected:
-            return super().forward(x)
-        return self.group.all_reduce(self.product(x, self.bias if self.group.rank == 0 else None))
+            return F.embedding(token_ids, self.weight)  # [T, hidden]
+        token_ids = token_ids - self.share.start
+        is_other = (token_ids < 0) | (token_ids >= self.share.size)
+        x = F.embedding(token_ids.masked_fill(is_other, 0), self.weight)
+        return self.group.all_reduce(x.masked_fill(is_other.unsqueeze(1), 0))

@@ -15,17 +15,15 @@ from torch import Tensor
 from nanovllm import kernels
 from nanovllm.sampling_params import SamplingParams
 
+SAMPLING = np.dtype("f4, f4, f4, i4, i8")  # see `pack_sampling`
 GROUP = 128  # columns among whose maxima the largest logits are looked for
 
 
 def pack_sampling(params: SamplingParams, seed: int, vocab_size: int) -> NDArray[np.int32]:
     """What the device keeps of a request, int32 [6]: temperature, top_p and min_p as the bits of float32, top_k (at
     least 1), and the two halves of the seed."""
-    packed = np.empty(6, np.int32)
-    packed[:3] = np.array([params.temperature, params.top_p, params.min_p], np.float32).view(np.int32)
-    packed[3] = min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size
-    packed[4:] = np.array([seed], np.int64).view(np.int32)
-    return packed
+    top_k = min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size
+    return np.array([(params.temperature, params.top_p, params.min_p, top_k, seed)], SAMPLING).view(np.int32)
 
 
 @dataclass
@@ -76,38 +74,18 @@ def least_kept(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """The lowest logit of each row that min-p, then top-k, then top-p keep, each of what the one before kept; ties are
     kept. -inf where the row is greedy. The twin of `kernels.truncation.least_kept`; float32 [S]."""
     temperature, top_p, min_p, top_k, _ = batch.unpack()
-    logits = logits.float()
     is_random = temperature > 0
+    values = logits.float().sort(dim=-1, descending=True).values
     # From the maximum down, so that a tiny temperature cannot overflow.
-    scores = logits - logits.amax(dim=-1, keepdim=True)
-    weights = (scores / temperature.masked_fill(~is_random, 1.0).unsqueeze(1)).exp()
-    alive = (scores > -torch.inf) & (weights >= min_p.unsqueeze(1))
-    count = alive.sum(dim=-1)
-    alive &= logits >= reaching(logits, alive.float(), torch.minimum(top_k, count)).unsqueeze(1)
-    weights = weights.masked_fill(~alive, 0.0)
-    target = torch.where(top_p < 1, top_p * weights.sum(dim=-1), torch.inf)  # rounding must not cut the tail at 1
-    alive &= logits >= reaching(logits, weights, target).unsqueeze(1)
-    least = logits.masked_fill(~alive, torch.inf).amin(dim=-1)
-    return torch.where(is_random, least, -torch.inf)
-
-
-def reaching(logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
-    """The largest number such that the weights of the logits [S, vocabulary] at or above it add up to `target` [S];
-    -inf where they do not reach it.
-
-    It is found by bisection over the 32 bits of a float, 32 passes without a sort.
-    """
-    bits = logits.view(torch.int32)
-    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # ordered as the floats are
-    low = torch.full_like(target, -(2**31), dtype=torch.int64)  # every logit is at or above it
-    high = torch.full_like(low, 2**31)  # none is
-    for _ in range(32):
-        middle = (low + high) >> 1
-        reaches = (weights * (keys >= middle.unsqueeze(1))).sum(dim=-1) >= target
-        low, high = torch.where(reaches, middle, low), torch.where(reaches, high, middle)
-    found = low.int()
-    values = (found ^ ((found >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    return torch.where(low > -(2**31), values, -torch.inf)
+    weights = ((values - values[:, :1]) / temperature.masked_fill(~is_random, 1.0).unsqueeze(1)).exp()
+    alive = (values > -torch.inf) & (weights >= min_p.unsqueeze(1))
+    last = torch.minimum(top_k, alive.sum(dim=-1)).sub(1).clamp(min=0).unsqueeze(1)
+    alive &= values >= values.gather(1, last)
+    mass = weights.masked_fill(~alive, 0.0).cumsum(dim=-1)
+    target = torch.where(top_p < 1, top_p * mass[:, -1], torch.inf)  # rounding must not cut the tail at 1
+    num_below = (mass < target.unsqueeze(1)).sum(dim=-1)
+    last = torch.minimum(num_below, alive.sum(dim=-1) - 1).clamp(min=0).unsqueeze(1)
+    return torch.where(is_random, values.gather(1, last).squeeze(1), -torch.inf)
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

@@ -4,20 +4,17 @@ Module names are the checkpoints' names, so that the loader needs no table. The 
 paged KV; it does not know requests.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.attention import AttentionBackend
 from nanovllm.config import ModelConfig
 from nanovllm.distributed import Group
 from nanovllm.engine.batch import Batch, KVCache
-from nanovllm.layers.activation import silu_and_mul
-from nanovllm.layers.embedding import ParallelEmbedding, ParallelHead
-from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
-from nanovllm.layers.norm import RMSNorm
+from nanovllm.layers.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, vocabulary_share
 from nanovllm.layers.rotary import Rotary, RotaryEmbedding
 
 
@@ -33,11 +30,10 @@ class Attention(nn.Module):
         parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
         self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, config.qkv_bias, config.dtype)
         self.o_proj = RowParallelLinear(q, config.hidden_size, config.o_bias, config.dtype, group)
-        self.norms: tuple[RMSNorm, RMSNorm] | None = None
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.dtype)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.dtype)
-            self.norms = self.q_norm, self.k_norm
+            self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps, dtype=config.dtype)
+            self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps, dtype=config.dtype)
+        self.norms = (self.q_norm, self.k_norm) if config.qk_norm else None
 
     def forward(self, x: Tensor, rotary: Rotary, cache: KVCache, batch: Batch) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 H_kv, D]
@@ -51,6 +47,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The gated feed-forward network (SwiGLU, Shazeer, arXiv 2002.05202)."""
+
     def __init__(self, config: ModelConfig, group: Group):
         super().__init__()
         share = group.share(config.intermediate_size)
@@ -59,15 +57,16 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(share, config.hidden_size, config.mlp_bias, config.dtype, group)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, backend: AttentionBackend, group: Group):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.dtype)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=config.dtype)
         self.self_attn = Attention(config, backend, group)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.dtype)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=config.dtype)
         self.mlp = MLP(config, group)
 
     def forward(
@@ -98,11 +97,14 @@ class Decoder(nn.Module):
         self.embed_tokens = ParallelEmbedding(config.vocab_size, config.hidden_size, config.dtype, group)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, max_len)
         self.layers = nn.ModuleList(self.layer_class(config, backend, group) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.dtype)
-        self.lm_head = ParallelHead(config.hidden_size, config.vocab_size, config.dtype, group)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=config.dtype)
+        parts = {"lm_head": vocabulary_share(config.vocab_size, group)}
+        self.lm_head = ColumnParallelLinear(config.hidden_size, parts, False, config.dtype)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.run_layer: Callable[..., tuple[Tensor, Tensor]] = self.layer_class.forward
+        self.requires_grad_(False)
+        self.group, self.vocab_size = group, config.vocab_size
+        self.run_layer = self.layer_class.forward
 
     def compile_layers(self) -> None:
         """Compile what every layer runs, once for any number of tokens but one."""
@@ -123,4 +125,4 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [S, vocabulary] of hidden states [S, hidden] that `forward` returned; all of them on rank 0 only."""
-        return self.lm_head(self.norm(hidden))
+        return self.group.gather(self.lm_head(self.norm(hidden)))[:, : self.vocab_size]

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from nanovllm.config import read_json
 from nanovllm.distributed import Share
-from nanovllm.layers.embedding import ParallelEmbedding
-from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -38,10 +37,9 @@ def resolve_model(model: str | os.PathLike[str], revision: str | None = None) ->
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise ValueError(f"model {name!r} is neither a folder nor a Hub id of the form 'owner/name'")
     try:
-        fetched = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns="*/*")
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
     except Exception as error:
         raise ValueError(f"model {name!r} is no folder and cannot be fetched from the Hub: {error}") from error
-    return Path(fetched)
 
 
 def load_weights(model: nn.Module, folder: Path, show_progress: bool) -> None:
@@ -59,51 +57,41 @@ def load_weights(model: nn.Module, folder: Path, show_progress: bool) -> None:
     with tqdm(total=len(unfilled), desc="Loading weights", unit="tensor", disable=not show_progress) as bar:
         for name, tensor, file in read_tensors(folder):
             target = unfilled.pop(name.removeprefix("model."), None)
-            if target is None:
-                if name not in redundant and not name.endswith("rotary_emb.inv_freq"):
-                    unexpected.append(name)
-                continue
-            shape, dtype = list(tensor.get_shape()), tensor.get_dtype()
-            if shape != target.shape or dtype not in ("BF16", "F16", "F32", "F64"):
-                raise ValueError(f"{file.name}: {name} is {dtype} {shape}, expected a float {target.shape}")
-            part = tensor[target.slices]
-            target.view.narrow(target.dim, 0, part.shape[target.dim]).copy_(part)
-            bar.update()
+            if target is not None:
+                target.fill(tensor, f"{file.name}: {name}")
+                bar.update()
+            elif name not in redundant and not name.endswith("rotary_emb.inv_freq"):
+                unexpected.append(name)
     if unfilled or unexpected:
-        raise ValueError(
-            f"checkpoint {str(folder)!r} does not fit the model: missing {_some(list(unfilled))}, "
-            f"unexpected {_some(unexpected)}"
-        )
+        misfits = f"missing {_some(list(unfilled))}, unexpected {_some(unexpected)}"
+        raise ValueError(f"checkpoint {str(folder)!r} does not fit the model: {misfits}")
 
 
-def load_dummy(model: nn.Module, seed: int = 0) -> None:
+def load_dummy(model: nn.Module) -> None:
     """Fill `model` with repeatable random weights: norms 1, biases and matrices normal with deviation 0.02."""
-    for name, parameter in sorted(model.named_parameters()):
+    for seed, (name, parameter) in enumerate(sorted(model.named_parameters())):
         generator = torch.Generator(parameter.device).manual_seed(seed)
-        seed += 1
-        if "norm" in name:
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0.0, 0.02, generator=generator)
+        mean, deviation = (1.0, 0.0) if "norm" in name else (0.0, 0.02)
+        parameter.normal_(mean, deviation, generator=generator)
 
 
 class Target(NamedTuple):
     """A parameter, or a part of a merged one, and the share of a checkpoint's tensor, cut in one dimension, that fills it."""
 
     view: Tensor
-    dim: int
     share: Share
+    dim: int = 0
 
-    @property
-    def shape(self) -> list[int]:
-        """Of the checkpoint's tensor."""
-        return [self.share.total if i == self.dim else size for i, size in enumerate(self.view.shape)]
-
-    @property
-    def slices(self) -> tuple[slice, ...]:
+    def fill(self, tensor: Any, name: str) -> None:
+        """Read the share of a checkpoint's tensor; the last ranks may find less than their share's size."""
         start, size, total = self.share
-        part = slice(min(start, total), min(start + size, total))
-        return tuple(part if i == self.dim else slice(None) for i in range(self.view.ndim))
+        shape, dtype = list(tensor.get_shape()), tensor.get_dtype()
+        expected = [total if i == self.dim else length for i, length in enumerate(self.view.shape)]
+        if shape != expected or dtype not in ("BF16", "F16", "F32", "F64"):
+            raise ValueError(f"{name} is {dtype} {shape}, expected a float {expected}")
+        own = slice(min(start, total), min(start + size, total))
+        part = tensor[(slice(None),) * self.dim + (own,)]
+        self.view.narrow(self.dim, 0, part.shape[self.dim]).copy_(part)
 
 
 def parameter_targets(model: nn.Module) -> dict[str, Target]:
@@ -119,13 +107,11 @@ def parameter_targets(model: nn.Module) -> dict[str, Target]:
             parent = path.rpartition(".")[0]
             views = parameter.split([share.size for share in module.parts.values()])
             for (part, share), view in zip(module.parts.items(), views, strict=True):
-                targets[f"{parent}.{part}.{kind}".removeprefix(".")] = Target(view, 0, share)
-        elif isinstance(module, RowParallelLinear) and kind == "weight":
-            targets[name] = Target(parameter, 1, module.share)
-        elif isinstance(module, ParallelEmbedding):
-            targets[name] = Target(parameter, 0, module.share)
+                targets[f"{parent}.{part}.{kind}".removeprefix(".")] = Target(view, share)
+        elif kind == "weight" and isinstance(module, RowParallelLinear | ParallelEmbedding):
+            targets[name] = Target(parameter, module.share, dim=1 if isinstance(module, RowParallelLinear) else 0)
         else:
-            targets[name] = Target(parameter, 0, Share(0, len(parameter), len(parameter)))
+            targets[name] = Target(parameter, Share(0, len(parameter), len(parameter)))
     return targets
 
 
@@ -141,6 +127,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Any, Path]]:
 
 
 def _files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -150,9 +137,7 @@ def _files(folder: Path) -> list[Path]:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ValueError(f"checkpoint {str(folder)!r} lacks {_some(missing)}, which {index.name} names")
-        return files
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    elif not files:
         pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
         found = f"only {_some(pickles)}, and pickles are never loaded" if pickles else "no weights"
         raise ValueError(f"model folder {str(folder)!r} has no safetensors: {found}")
