@@ -227,7 +227,8 @@ class LLM:
         tokenized = iter(self.tokenizer(texts, verbose=False)["input_ids"] if texts else [])
         vocab_size, max_len = self.engine.model_config.vocab_size, self.engine.max_model_len
         eos_token_ids = token_id_set(getattr(self._text.tokenizer, "eos_token_id", None))
-        eos_token_ids = (eos_token_ids | self.engine.model_config.eos_token_ids).intersection(range(vocab_size))
+        eos_token_ids |= self.engine.model_config.eos_token_ids
+        eos_token_ids = frozenset(token_id for token_id in eos_token_ids if token_id < vocab_size)
         checked: set[int] = set()
         requests = []
         for name, text, token_ids, params in parsed:

@@ -1,5 +1,6 @@
 """Tiny random models of every family, and the demo model where it has been fetched."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -75,3 +76,15 @@ def forget_compiled_layers() -> None:
     """Models of many shapes would reach the limit of how often one layer is compiled."""
     if torch.cuda.is_available():
         torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def exact_demo_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model as a checkpoint in float32: what it says in bfloat16 depends on the CPU."""
+    folder = tmp_path_factory.mktemp("exact")
+    for file in demo_model.iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    config = json.loads((demo_model / "config.json").read_text()) | {"dtype": "float32"}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

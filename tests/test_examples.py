@@ -145,11 +145,11 @@ def test_jsonl_leaves_a_file_of_others_alone(content, batch, tmp_path):
     assert output.read_text() == content
 
 
-def test_jsonl_on_the_demo_model(batch, demo_model, tmp_path):
+def test_jsonl_on_the_demo_model(batch, exact_demo_model, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [{"messages": question("What is the capital of France?")}, {"prompt": "The capital of Italy is"}]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    batch.main([str(source), str(output), "--model", str(demo_model), "--max-tokens", "10"])
+    batch.main([str(source), str(output), "--model", str(exact_demo_model), "--max-tokens", "10"])
     first, second = map(json.loads, output.read_text().splitlines())
     assert (first["text"], first["finish_reason"]) == ("The capital of France is Paris.", "stop")
     assert "Rome" in second["text"]
@@ -158,8 +158,8 @@ def test_jsonl_on_the_demo_model(batch, demo_model, tmp_path):
 # chat
 
 
-def test_chat_remembers_the_turn_before(demo_model):
-    command = [sys.executable, str(EXAMPLES / "chat.py"), "--max-tokens", "24"]
+def test_chat_remembers_the_turn_before(exact_demo_model):
+    command = [sys.executable, str(EXAMPLES / "chat.py"), "--model", str(exact_demo_model), "--max-tokens", "24"]
     lines = "What is the capital of France?\nAnd of Italy?\n"
     done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=300, check=True)
     first, second = done.stdout.replace("\nYou: ", "").split("Model: ")[1:]
@@ -222,7 +222,7 @@ def test_stream_gives_the_texts_of_generate(chat_model, capsys):
     assert [line.endswith(" [length]") for line in shown] == [False] * 33 + [True] * 3
 
 
-def test_stream_race_drops_what_still_runs(demo_model, monkeypatch):
+def test_stream_race_drops_what_still_runs(exact_demo_model, monkeypatch):
     closed = []
     close = LLM.close
 
@@ -232,7 +232,7 @@ def test_stream_race_drops_what_still_runs(demo_model, monkeypatch):
         close(self)
 
     monkeypatch.setattr(LLM, "close", closing)
-    texts = load_example("stream").main(["--race"])
+    texts = load_example("stream").main(["--race", "--model", str(exact_demo_model)])
     assert texts[0] == "The capital of France is Paris."
     assert all(0 < len(text) < 60 for text in texts[1:])
     assert closed == [(True, 0.0)]
