@@ -44,7 +44,8 @@ class Detokenizer:
         self.num_taken = 0
         self._tokenizer = tokenizer.backend_tokenizer
         self._stream = DecodeStream()
-        self._skipped = frozenset(tokenizer.all_special_ids if params.skip_special_tokens else ())
+        added = tokenizer.added_tokens_decoder if params.skip_special_tokens else {}
+        self._skipped = frozenset(token_id for token_id, token in added.items() if token.special)
 
     def append(self, token_id: int, may_stop: bool = True) -> str | None:
         """Add a token; returns the stop string that its text completes, the first one if there are several."""

@@ -683,3 +683,13 @@ def test_requests_that_ask_for_nothing_are_not_changed_by_those_that_do(llm):
     alone = run(llm, PROMPTS[:4], [plain] * 4)
     beside = [plain] * 4 + [SamplingParams(max_tokens=20, seed=2, **extras) for extras in EXTRAS]
     assert run(llm, PROMPTS[:4] + PROMPTS[: len(EXTRAS)], beside)[:4] == alone
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_stream_skips_the_special_tokens_that_the_whole_text_skips(demo_model, skip):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model)
+    token_ids = [*range(17), *tokenizer("Hi there, <repo_name>you<|im_end|>.")["input_ids"]]
+    detokenizer = Detokenizer(tokenizer, SamplingParams(skip_special_tokens=skip))
+    for token_id in token_ids:
+        detokenizer.append(token_id)
+    assert detokenizer.text == tokenizer.decode(token_ids, skip_special_tokens=skip)
