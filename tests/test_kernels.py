@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.attention.triton import TritonAttention, split_chunks, split_decodes
-from nanovllm.engine.batch import Batch
+from nanovllm.batch import Batch
 from nanovllm.engine.packing import int32
 from nanovllm.kernels import logprobs, truncation
 from nanovllm.kernels.all_reduce import PROGRAMS, all_reduce, memory_bytes

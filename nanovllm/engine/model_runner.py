@@ -19,10 +19,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nanovllm import attention, kernels
+from nanovllm.batch import INT, KVCache
 from nanovllm.config import Config, ModelConfig
 from nanovllm.distributed import Group
 from nanovllm.engine.adjust import adjust
-from nanovllm.engine.batch import INT, KVCache
 from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_bytes, graph_sizes
 from nanovllm.engine.memory import CudaMemory, available_host_memory, check_weights_fit, gib
 from nanovllm.engine.packing import TOKEN_MULTIPLE, TRASH, DeviceTables, PackedStep, int32, pack_batch

@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nanovllm.attention import AttentionBackend
+from nanovllm.batch import INT, Batch
 from nanovllm.config import Config
-from nanovllm.engine.batch import INT, Batch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
