@@ -175,8 +175,12 @@ class LLMEngine:
             if self.workers is not None:
                 self.workers.check()
             self.scheduler = self._new_scheduler()
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            try:
+                if self.workers is not None:
+                    self.workers.blame(error)
+            finally:
+                self.close()
             raise
 
 

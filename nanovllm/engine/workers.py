@@ -70,6 +70,13 @@ class Workers:
         if self.has_failed.is_set():
             raise RuntimeError(self.failure)
 
+    def blame(self, error: BaseException) -> None:
+        """As `check`, but an error of the device may come before the news of the rank that caused it."""
+        if isinstance(error, RuntimeError | OSError):
+            self.has_failed.wait(GRACE_SECONDS)
+        if self.has_failed.is_set():
+            raise RuntimeError(self.failure) from error
+
     @contextmanager
     def in_step(self, message: bytes = b"") -> Iterator[None]:
         """Send a message, if there is one, and then launch what the others launch: all of it, or the ranks would wait for
@@ -80,10 +87,7 @@ class Workers:
                     connection.send_bytes(message)
                 yield
         except Exception as error:
-            if not isinstance(error, ValueError | TypeError):
-                self.has_failed.wait(GRACE_SECONDS)
-            if self.has_failed.is_set():
-                raise RuntimeError(self.failure) from error
+            self.blame(error)
             self.failure = f"rank 0 failed in the middle of a step: {error}"
             self.has_failed.set()
             self.group.abort()
