@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
 
 MODES = {
     "synchronous": {"async_scheduling": False},
@@ -116,6 +117,33 @@ def test_triton_in_the_interpreter_gives_the_same_tokens(tiny_model, expected, d
     chosen = [1, 6, 11]
     params = [PARAMS[i] for i in chosen]
     outputs = llm.generate([PROMPTS[i] for i in chosen], params, use_tqdm=False)
+    assert [o["token_ids"] for o in outputs] == [expected[i][0] for i in chosen]
+
+
+class RepeatedSteps(DecodeGraphs):
+    """Stands in for CUDA graphs: what a graph would have recorded is run again, on what has arrived meanwhile."""
+
+    def __init__(self, start, sizes):
+        self.sizes = sizes
+        self.graphs = {size: start(size) for size in sizes}
+
+    def replay(self, size):
+        return self.graphs[size]()
+
+    def close(self):
+        pass
+
+
+def test_padded_steps_find_their_numbers_where_graphs_look_for_them(tiny_model, expected, device):
+    """Decode rows are padded to the graphs' sizes, chunks to a multiple of 8; here without a GPU."""
+    pytest.importorskip("triton", reason="needs triton")
+    if device != "cpu":
+        pytest.skip("without a GPU")
+    llm = make_llm(tiny_model(), attention_backend="triton", max_num_batched_tokens=25, max_num_seqs=20)
+    runner = llm.engine.runner
+    runner.graphs, runner.compiles = RepeatedSteps(runner._start_trash_decode, graph_sizes(20)), True
+    chosen = [0, 1, 4, 8, 10]
+    outputs = llm.generate([PROMPTS[i] for i in chosen], [PARAMS[i] for i in chosen], use_tqdm=False)
     assert [o["token_ids"] for o in outputs] == [expected[i][0] for i in chosen]
 
 
