@@ -32,8 +32,15 @@ def check_device(name: str, value: Any) -> Any:
     """The CPU, or a CUDA device that is there."""
     check_type(name, value, str | torch.device)
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    check_choice(name, str(value), ("auto", "cpu", *(["cuda", *gpus] if gpus else [])))
+    check_choice(name, str(value), ("auto", "cpu", "cpu:0", *(["cuda", *gpus] if gpus else [])))
     return value
+
+
+def check_only(name: str, value: Any, only: bool, reason: str) -> bool:
+    """An option that others know, of which only one value is supported."""
+    if value is not only:
+        raise ValueError(f"{name} must be {only}, got {value!r}: {reason}")
+    return only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +93,8 @@ class Config:
     tokenizer: Annotated[str | PathLike | None, check_type, str | PathLike] = None
     revision: Annotated[str | None, check_type, str] = None
     use_tqdm: bool = True
-    trust_remote_code: Annotated[bool, check_choice, (False,)] = False
-    enable_chunked_prefill: Annotated[bool, check_choice, (True,)] = True
+    trust_remote_code: Annotated[bool, check_only, False, "code from a checkpoint is never run"] = False
+    enable_chunked_prefill: Annotated[bool, check_only, True, "every prompt may be cut into chunks"] = True
 
     @classmethod
     def from_options(cls, model: str | PathLike[str], options: dict[str, Any]) -> "Config":

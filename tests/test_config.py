@@ -42,8 +42,8 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "tokenizer": [3, ["folder"], False],
     "revision": [3, b"main", Path("main")],
     "use_tqdm": [1, 0, None],
-    "trust_remote_code": [True, 1, "False", None],
-    "enable_chunked_prefill": [False, 0, "True", None],
+    "trust_remote_code": [True, 1, 0, "False", None],
+    "enable_chunked_prefill": [False, 1, 0, "True", None],
 }
 
 ACCEPTED_VALUES: dict[str, list[Any]] = {
@@ -56,7 +56,7 @@ ACCEPTED_VALUES: dict[str, list[Any]] = {
     "tensor_parallel_size": [1, 2],
     "kvcache_block_size": [1, 256],
     "num_kvcache_blocks": [-1, 2],
-    "device": ["auto", "cpu", torch.device("cpu")],
+    "device": ["auto", "cpu", "cpu:0", torch.device("cpu"), torch.device("cpu", 0)],
     "dtype": ["auto", "bfloat16", "float16", "float32", torch.bfloat16, torch.float16, torch.float32],
     "attention_backend": ["auto", "reference"],
     "model_class": [None, Decoder],
@@ -180,7 +180,8 @@ def test_a_cuda_device_must_be_there(monkeypatch: Any, num_gpus: int, device: st
     if is_there:
         assert Config(model="folder", device=device).torch_device == torch.device(device)
     else:
-        with pytest.raises(ValueError, match=f"device must be 'auto' or 'cpu'.*, got '{device}'"):
+        gpus = "".join(f" or {gpu!r}" for gpu in (["cuda", "cuda:0"] if num_gpus else []))
+        with pytest.raises(ValueError, match=f"^device must be 'auto' or 'cpu' or 'cpu:0'{gpus}, got '{device}'$"):
             Config(model="folder", device=device)
 
 
@@ -304,15 +305,24 @@ def test_dtype_is_read_as_a_name_or_as_a_dtype_and_is_float32_where_there_is_non
 SLIDING = {"use_sliding_window": True, "sliding_window": 16}
 
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
-    "mistral": (MistralConfig(**TINY), "model_type .*'mistral'"),
-    "mixture of experts": (Qwen3MoeConfig(**TINY), "model_type .*'qwen3_moe'"),
+    "mistral": (
+        MistralConfig(**TINY),
+        "model_type of the checkpoint must be 'qwen3' or 'qwen2' or 'llama', got 'mistral'",
+    ),
+    "mixture of experts": (Qwen3MoeConfig(**TINY), "model_type of the checkpoint .*, got 'qwen3_moe'"),
     "classifier": (new_config(architectures=["LlamaForSequenceClassification"]), "'LlamaForSequenceClassification'"),
     "quantised": (new_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised .*gptq"),
-    "gelu": (new_config(hidden_act="gelu"), "activation .*'gelu'"),
+    "gelu": (new_config(hidden_act="gelu"), "activation of the checkpoint must be 'silu', got 'gelu'"),
     "int8": (new_config(dtype="int8"), "dtype of the checkpoint .*torch.int8"),
     "float8": (old_config(torch_dtype="float8_e4m3fn"), "dtype of the checkpoint .*float8_e4m3fn"),
-    "dynamic rope": (old_config(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope scaling .*'dynamic'"),
-    "longrope": (old_config(rope_scaling={"rope_type": "longrope", "factor": 2.0}), "rope scaling .*'longrope'"),
+    "dynamic rope": (
+        old_config(rope_scaling={"type": "dynamic", "factor": 2.0}),
+        "rope scaling of the checkpoint .* or 'yarn', got 'dynamic'",
+    ),
+    "longrope": (
+        old_config(rope_scaling={"rope_type": "longrope", "factor": 2.0}),
+        "rope scaling of the checkpoint .* or 'yarn', got 'longrope'",
+    ),
     "no factor": (old_config(rope_scaling={"type": "linear"}), r"'linear': missing \['factor'\]"),
     "no low_freq_factor": (
         old_config(rope_scaling={**LLAMA3, "rope_type": "llama3", "low_freq_factor": None}),

@@ -36,13 +36,16 @@ SCRIPT = """
 import json, sys
 import psutil
 from nanovllm import LLM, SamplingParams
-llm = LLM(sys.argv[1], tensor_parallel_size=2, device="cpu", max_model_len=128, num_kvcache_blocks=40, use_tqdm=False)
+options = {"max_model_len": 128, "max_num_seqs": 8, "num_kvcache_blocks": 40, "use_tqdm": False}
+llm = LLM(sys.argv[1], tensor_parallel_size=2, device=sys.argv[2], **options)
 def generate(max_tokens):
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     return [o.outputs[0].token_ids for o in llm.generate([[1, 2, 3], [4]], params, use_tqdm=False)]
 try:
-    print(json.dumps([child.pid for child in psutil.Process().children()]), flush=True)
-    while len(sys.argv) > 2:
+    children = [child for child in psutil.Process().children() if "nanovllm" in " ".join(child.cmdline())]
+    print(json.dumps([child.pid for child in children]), flush=True)
+    sys.stdin.readline()
+    while len(sys.argv) > 3:
         generate(100)
 except KeyboardInterrupt:
     pass
@@ -61,8 +64,7 @@ def is_ours(process: psutil.Process) -> bool:
 @pytest.fixture(autouse=True)
 def no_process_is_left():
     yield
-    children = psutil.Process().children(recursive=True)
-    ours = [child for child in children if "nanovllm" in " ".join(child.cmdline())]  # a compiler may keep its own
+    ours = [child for child in psutil.Process().children(recursive=True) if is_ours(child)]
     _, alive = psutil.wait_procs(ours, timeout=20)
     assert [process.cmdline() for process in alive] == []
 
@@ -133,6 +135,7 @@ def test_the_tokens_of_one_rank(family, size, changes, options, tiny_model):
 
 
 needs_two = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_two)])
 
 
 @pytest.mark.parametrize("family", [pytest.param("qwen3", marks=needs_two), pytest.param("llama", marks=needs_two)])
@@ -202,7 +205,7 @@ def test_an_error_of_a_request_leaves_the_ranks_in_step(tiny_model):
         assert output["token_ids"] == expected["token_ids"]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_two)])
+@on_both
 def test_a_worker_that_is_killed_ends_the_call(device, tiny_model):
     llm = new_llm(tiny_model("qwen3"), 2, device=device, max_num_seqs=8)
     (worker,) = workers_of(llm)
@@ -227,54 +230,71 @@ def test_an_exception_of_a_worker_is_reported(model_class, message, tiny_model):
         llm.generate([[1, 2]], PARAMS[0], use_tqdm=False)
 
 
-def start_script(folder: Path, *arguments: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
-    """A script without a main guard, and its workers, once its LLM is there."""
-    command = [sys.executable, "-c", SCRIPT, str(folder), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+def start_script(folder: Path, device: str, *arguments: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """A script without a main guard, and its workers, once its LLM is there. It goes on when it is told to."""
+    command = [sys.executable, "-c", SCRIPT, str(folder), device, *arguments]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, start_new_session=True)
     workers = [psutil.Process(pid) for pid in json.loads(process.stdout.readline())]
     assert len(workers) == 1
     return process, workers
 
 
-def test_two_engines_beside_each_other_and_a_normal_exit(tiny_model):
-    started = [start_script(tiny_model("qwen3")) for _ in range(2)]
+def tell(process: subprocess.Popen) -> None:
+    process.stdin.write("go on\n")
+    process.stdin.flush()
+
+
+@on_both
+def test_two_engines_beside_each_other_and_a_normal_exit(device, tiny_model):
+    started = [start_script(tiny_model("qwen3"), device) for _ in range(2)]
+    for process, _ in started:
+        tell(process)
     outputs = [json.loads(process.communicate(timeout=60)[0]) for process, _ in started]
     assert outputs[0] == outputs[1]
     assert [process.returncode for process, _ in started] == [0, 0]
     assert psutil.wait_procs([worker for _, workers in started for worker in workers], timeout=20)[1] == []
 
 
-def test_rank_0_is_killed(tiny_model):
-    process, workers = start_script(tiny_model("qwen3"), "endless")
+@on_both
+def test_rank_0_is_killed(device, tiny_model):
+    process, workers = start_script(tiny_model("qwen3"), device, "endless")
+    tell(process)
     process.kill()
     process.communicate()
     assert psutil.wait_procs(workers, timeout=20)[1] == []
 
 
-def test_ctrl_c_leaves_an_engine_that_works(tiny_model):
-    process, workers = start_script(tiny_model("qwen3"), "endless")
+@on_both
+def test_ctrl_c_leaves_an_engine_that_works(device, tiny_model):
+    process, workers = start_script(tiny_model("qwen3"), device, "endless")
+    tell(process)
     os.killpg(process.pid, signal.SIGINT)
     output = json.loads(process.communicate(timeout=60)[0])
     assert [len(token_ids) for token_ids in output] == [5, 5]
     assert psutil.wait_procs(workers, timeout=20)[1] == []
 
 
-def test_torchrun(tiny_model, tmp_path):
+@on_both
+def test_torchrun(device, tiny_model, tmp_path):
     folder = tiny_model("qwen3")
     script = tmp_path / "script.py"
     script.write_text(
-        SCRIPT.replace("llm = LLM", "LLM(sys.argv[1], tensor_parallel_size=2, device='cpu').close()\nllm = LLM")
+        SCRIPT.replace(
+            "llm = LLM", "LLM(sys.argv[1], tensor_parallel_size=2, device=sys.argv[2], **options).close()\nllm = LLM"
+        )
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command = [*torchrun, str(script), str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [*torchrun, str(script), str(folder), device]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True)
     try:
         stdout, stderr = process.communicate(timeout=200)
     finally:  # were they stuck, they would outlive torchrun
         for left in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
             left.kill()
     assert process.returncode == 0, stderr
-    with new_llm(folder, 1) as llm:
+    with new_llm(folder, 1, device=device, max_num_seqs=8) as llm:
         params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
         expected = [o["token_ids"] for o in llm.generate([[1, 2, 3], [4]], params, use_tqdm=False)]
     assert [json.loads(line) for line in stdout.splitlines() if line.startswith("[[")] == [expected]

@@ -132,7 +132,12 @@ WRONG_CALLS = [
         ValueError,
         r"token ids of prompts\[1\] must be in \[0, 127\], got 128",
     ),
-    ("negative id", lambda llm: llm.generate([[-1]]), ValueError, r"token ids of prompts\[0\] .*got -1"),
+    (
+        "negative id",
+        lambda llm: llm.generate([[-1]]),
+        ValueError,
+        r"token ids of prompts\[0\] must be in \[0, 127\], got -1",
+    ),
     (
         "too long",
         lambda llm: llm.generate([[1], [2] * 128]),

@@ -100,8 +100,8 @@ def _read_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
 
 def _rows(tensors: Logprobs) -> Iterator[LogprobRow]:
     """What `logprobs` found, row by row. Tuples of numbers are nothing that the garbage collector goes on visiting."""
-    for logprob, rank, values, ids in zip(*(tensor.tolist() for tensor in tensors), strict=True):
-        yield logprob, rank, tuple(values), tuple(ids)
+    own, ranks, top, ids = (tensor.tolist() for tensor in tensors) if tensors else ([], [], [], [])
+    return zip(own, ranks, map(tuple, top), map(tuple, ids), strict=True)
 
 
 def find_model(config: Config) -> tuple[Path, ModelConfig]:
