@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm.checks import check_list, check_type
 from nanovllm.config import Config, read_json, token_id_set
 from nanovllm.engine.llm_engine import LLMEngine, StepCounts, no_full_collections
-from nanovllm.engine.sequence import LogprobRow, Sequence
+from nanovllm.engine.sequence import Sequence
 from nanovllm.models.loader import resolve_model
-from nanovllm.outputs import CompletionOutput, Increment, Logprob, RequestMetrics, RequestOutput
+from nanovllm.outputs import CompletionOutput, Increment, RequestMetrics, RequestOutput
 from nanovllm.prompts import Params, Prompt, Prompts, check_params, check_request, parse_requests
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text import Detokenizer, Text
@@ -253,6 +253,7 @@ class LLM:
                     eos_token_ids=eos_token_ids,
                     prompt=text,
                     detokenizer=Detokenizer(self.tokenizer, params) if needs_text else None,
+                    text_of=self._text.of_token,
                 )
                 for i in range(params.n)
             ]
@@ -265,14 +266,13 @@ class LLM:
 
     def _make_output(self, samples: list[Sequence]) -> RequestOutput:
         first = samples[0]
-        prompt_logprobs = list(map(self._candidates, first.token_ids, first.prompt_logprobs))
         return RequestOutput(
             request_id=first.request_id,
             prompt=first.prompt,
             prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
             outputs=[CompletionOutput(**self._completion(seq, i)) for i, seq in enumerate(samples)],
             num_cached_tokens=first.num_cached_tokens or 0,
-            prompt_logprobs=None if first.params.prompt_logprobs is None else prompt_logprobs,
+            prompt_logprobs=None if first.params.prompt_logprobs is None else first.prompt_logprobs,
             metrics=RequestMetrics(
                 first.arrival_time, min(s.first_token_time for s in samples), max(s.finished_time for s in samples)
             ),
@@ -281,7 +281,6 @@ class LLM:
     def _completion(self, seq: Sequence, index: int, start: int = 0) -> dict[str, Any]:
         """The fields of a CompletionOutput, with tokens from `start` on, and all of the text if it is finished."""
         params, token_ids = seq.params, seq.completion_token_ids
-        logprobs = list(map(self._candidates, token_ids[start:], seq.logprobs[start:]))
         text = ""
         if isinstance(seq.stop_reason, str):
             text = seq.detokenizer.text if seq.detokenizer is not None else ""
@@ -295,17 +294,8 @@ class LLM:
             "finish_reason": seq.finish_reason,
             "stop_reason": seq.stop_reason,
             "cumulative_logprob": None if params.logprobs is None else seq.cumulative_logprob,
-            "logprobs": None if params.logprobs is None else logprobs,
+            "logprobs": None if params.logprobs is None else seq.logprobs[start:],
         }
-
-    def _candidates(self, token_id: int, row: LogprobRow | None) -> dict[int, Logprob] | None:
-        """A token and the most likely ones in its place, with their texts."""
-        if row is None:
-            return None
-        logprob, rank, values, ids = row
-        found = {token_id: Logprob(logprob, rank, self._text.of_token(token_id))}
-        found.update(zip(ids, map(Logprob, values, count(1), map(self._text.of_token, ids)), strict=True))
-        return found
 
     def _show(self, bar: tqdm, num_finished: int, counts: StepCounts) -> None:
         """Finished requests, tokens per second since the start, and the KV pool's use."""

@@ -1,9 +1,14 @@
 """What comes out: vLLM's RequestOutput and CompletionOutput, and the increments of a stream."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort"]
+
+# A token's log-probability and rank, and those of the most likely tokens with their ids: see layers.sampler.logprobs.
+LogprobRow = tuple[float, int, list[float], list[int]]
 
 
 class Logprob(NamedTuple):
@@ -12,6 +17,14 @@ class Logprob(NamedTuple):
     logprob: float
     rank: int
     decoded_token: str | None = None
+
+
+def candidates(token_id: int, row: LogprobRow, text_of: Callable[[int], str]) -> dict[int, Logprob]:
+    """A token and the most likely ones in its place, with their texts."""
+    logprob, rank, values, ids = row
+    found = {token_id: Logprob(logprob, rank, text_of(token_id))}
+    found.update(zip(ids, map(Logprob, values, count(1), map(text_of, ids)), strict=True))
+    return found
 
 
 @dataclass(slots=True)

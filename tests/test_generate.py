@@ -553,7 +553,7 @@ def test_a_request_keeps_no_more_logprobs_than_it_asks_for(llm):
     llm._start(requests)
     while not llm.engine.is_idle:
         llm.engine.step()
-    assert [[len(row[2]) for row in seq.logprobs] for (seq,) in requests] == [[1] * 5, [128] * 5]
+    assert [[len(candidates) for candidates in seq.logprobs] for (seq,) in requests] == [[1] * 5, [128] * 5]
 
 
 def test_an_interrupt_while_results_are_made_loses_none(llm, monkeypatch):

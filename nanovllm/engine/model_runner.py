@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +27,12 @@ from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_bytes, graph_sizes
 from nanovllm.engine.memory import CudaMemory, available_host_memory, check_weights_fit, gib
 from nanovllm.engine.packing import TOKEN_MULTIPLE, TRASH, DeviceTables, PackedStep, int32, pack_batch
 from nanovllm.engine.scheduler import ScheduledChunk, Step
-from nanovllm.engine.sequence import LogprobRow, Sequence
+from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.sampler import SamplingBatch, logprobs, pack_sampling, sample
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import load_dummy, load_weights, resolve_model
+from nanovllm.outputs import LogprobRow, candidates
 from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -80,9 +81,10 @@ class SampledTokens:
         if self.copied is not None:
             self.copied.synchronize()
         for (seq, start, end, _), tensors in self.prompt_logprobs:
-            seq.prompt_logprobs[start:end] = _rows(tensors)
+            found = map(candidates, seq.token_ids[start:end], _rows(tensors), repeat(seq.text_of))
+            seq.prompt_logprobs[start:end] = found
         rows = _rows(self.logprobs)
-        results = []
+        results: list[tuple[Sequence, int, LogprobRow | None]] = []
         for seq, token_id in zip(self.step.sampled, self.token_ids.tolist(), strict=True):
             row, num_top = None, seq.params.logprobs
             if num_top is not None:
@@ -99,9 +101,8 @@ def _read_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
 
 
 def _rows(tensors: Logprobs) -> Iterator[LogprobRow]:
-    """What `logprobs` found, row by row. Tuples of numbers are nothing that the garbage collector goes on visiting."""
-    own, ranks, top, ids = (tensor.tolist() for tensor in tensors) if tensors else ([], [], [], [])
-    return zip(own, ranks, map(tuple, top), map(tuple, ids), strict=True)
+    """What `logprobs` found, row by row."""
+    return zip(*(tensor.tolist() for tensor in tensors), strict=True)
 
 
 def find_model(config: Config) -> tuple[Path, ModelConfig]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.sequence import LogprobRow, Sequence
+from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import LogprobRow
 
 
 class ScheduledChunk(NamedTuple):

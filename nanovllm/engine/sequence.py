@@ -2,18 +2,16 @@
 
 import inspect
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nanovllm.outputs import FinishReason
+from nanovllm.outputs import FinishReason, Logprob, LogprobRow, candidates
 from nanovllm.sampling_params import LogitsProcessor, SamplingParams
 from nanovllm.text import Detokenizer
-
-# A token's log-probability and rank, and those of the most likely tokens with their ids: see layers.sampler.logprobs.
-LogprobRow = tuple[float, int, tuple[float, ...], tuple[int, ...]]
 
 
 @dataclass(eq=False, slots=True)
@@ -39,6 +37,7 @@ class Sequence:
     request_id: int = 0
     is_polled: bool = False  # `LLM.step` hands it out
     detokenizer: Detokenizer | None = None  # where the text matters before the end
+    text_of: Callable[[int], str] = str  # a token's, for log-probabilities
 
     num_prompt_tokens: int = field(init=False)
     is_plain: bool = field(init=False)  # the logits are drawn from as they are, and nothing else is asked for
@@ -54,8 +53,8 @@ class Sequence:
     row: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    logprobs: list[LogprobRow] = field(default_factory=list)
-    prompt_logprobs: list[LogprobRow | None] = field(default_factory=lambda: [None])
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     cumulative_logprob: float = 0.0
     arrival_time: float = 0.0  # these three in seconds since the epoch
     first_token_time: float = 0.0
@@ -122,7 +121,7 @@ class Sequence:
         self.token_ids.append(token_id)
         self.num_pending -= 1
         if logprobs is not None:
-            self.logprobs.append(logprobs)
+            self.logprobs.append(candidates(token_id, logprobs, self.text_of))
             self.cumulative_logprob += logprobs[0]
         num_tokens = self.num_completion_tokens
         if num_tokens == 1:
