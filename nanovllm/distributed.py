@@ -5,6 +5,8 @@ there is one of those to a process, and it may be the user's.
 """
 
 import logging
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +34,13 @@ class Share(NamedTuple):
     total: int
 
 
+def wait_for(store: dist.Store, keys: list[str], check: Callable[[], None]) -> None:
+    """Until others have set the keys, or `check` raises."""
+    while not store.check(keys):
+        check()
+        time.sleep(0.01)
+
+
 class Group:
     """One of the `size` ranks, with its device. Until it is connected, as one rank alone need not be, it does nothing."""
 
@@ -42,15 +51,18 @@ class Group:
         self.backend: Any = None
         self.peer_memory: PeerMemory | None = None
 
-    def connect(self, store: dist.Store) -> None:
-        """Join the other ranks, which do the same at the same store."""
+    def connect(self, store: dist.Store, check: Callable[[], None] = lambda: None) -> None:
+        """Join the other ranks, which do the same at the same store. What `check` raises ends the waiting for them."""
+        # The backends' own meeting could not be left again if a rank never came.
+        store.set(f"rank {self.rank}", "is here")
+        wait_for(store, [f"rank {rank}" for rank in range(self.size)], check)
         if self.device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = TIMEOUT
             self.backend = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
             self.backend.eager_connect_single_device(self.device)
             if kernels.AVAILABLE and self.size > 1:
-                self._share_memory(store)
+                self._share_memory(store, check)
         else:
             self.backend = dist.ProcessGroupGloo(store, self.rank, self.size, TIMEOUT)
 
@@ -110,14 +122,14 @@ class Group:
             self.peer_memory.close()
             self.peer_memory = None
 
-    def _share_memory(self, store: dist.Store) -> None:
+    def _share_memory(self, store: dist.Store, check: Callable[[], None]) -> None:
         """All ranks do, or none."""
         from nanovllm.peer_memory import PeerMemory
 
         memory = PeerMemory(self.device, self.rank, self.size)
         can_share = True
         try:
-            memory.open(store)
+            memory.open(store, check)
         except OSError as error:
             logger.info("rank %d: small sums go through NCCL too: %s", self.rank, error)
             can_share = False

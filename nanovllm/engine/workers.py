@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -58,11 +57,7 @@ class Workers:
         self.group = Group(config.device_of(0), 0, config.tensor_parallel_size)
         store = dist.PrefixStore(prefix, self.store)
         with self.in_step(pickle.dumps((config, prefix))):
-            # NCCL's own meeting could not be left again if a rank never came.
-            while not store.check([f"rank {rank}" for rank in range(1, self.group.size)]):
-                self.check()
-                time.sleep(0.01)
-            self.group.connect(store)
+            self.group.connect(store, self.check)
         return self.group
 
     def check(self) -> None:
@@ -202,9 +197,7 @@ def serve(connection: Connection, store: dist.Store, rank: int, local_rank: int,
             if group.device.type == "cuda":
                 torch.cuda.set_device(group.device)
             folder, model_config = find_model(config)
-            model_store = dist.PrefixStore(prefix, store)
-            model_store.set(f"rank {rank}", "is here")
-            group.connect(model_store)
+            group.connect(dist.PrefixStore(prefix, store))
             runner = ModelRunner(config, folder, model_config, group)
             while (message := inbox.get()) != CLOSE:
                 runner.run(PackedStep.from_bytes(message))
