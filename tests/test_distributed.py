@@ -3,9 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import psutil
@@ -19,6 +22,7 @@ from parallel_models import FailsAtStart, FailsInTheMiddle
 from nanovllm import LLM, SamplingParams
 from nanovllm.distributed import Group
 from nanovllm.engine.memory import GIB, check_weights_fit
+from nanovllm.engine.workers import send_at_once
 from nanovllm.layers.linear import vocabulary_share
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers are joined by socket pairs")
@@ -218,6 +222,32 @@ def test_a_worker_that_is_killed_ends_the_call(device, tiny_model):
     assert time.monotonic() - start < 15
     with pytest.raises(RuntimeError, match="this LLM is closed"):
         llm.generate([[1]], use_tqdm=False)
+
+
+@on_both
+def test_a_worker_that_is_killed_while_the_ranks_meet(device, tiny_model, monkeypatch):
+    """Nothing ends the meeting of NCCL's ranks; on the CPU it is a stand-in that waits as long."""
+    new_backend, never = Group._new_backend, threading.Event()
+
+    def meet(group, store):
+        for child in filter(is_ours, psutil.Process().children()):
+            child.kill()
+        return new_backend(group, store) if device == "cuda" else never.wait()
+
+    monkeypatch.setattr(Group, "_new_backend", meet)
+    with pytest.raises(RuntimeError, match="rank 1 failed: its process ended with exit code -9"):
+        new_llm(tiny_model("qwen3"), 2, device=device, max_num_seqs=8)
+    never.set()
+    monkeypatch.undo()
+    with new_llm(tiny_model("qwen3"), 2, device=device, max_num_seqs=8) as llm:
+        assert len(llm.generate([[1, 2]], PARAMS[0], use_tqdm=False)[0]["token_ids"]) == 12
+
+
+def test_messages_over_tcp_are_sent_at_once():
+    with Listener(("127.0.0.1", 0)) as listener, Client(listener.address), listener.accept() as connection:
+        send_at_once(connection)
+        with socket.socket(fileno=os.dup(connection.fileno())) as tcp:
+            assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize(

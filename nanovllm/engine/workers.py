@@ -182,8 +182,16 @@ def _join_torchrun(size: int) -> Workers:
     with Listener((host, 0), authkey=key) as listener:
         store.set("nanovllm address", pickle.dumps((host, listener.address[1], key)))
         accepted = [listener.accept() for _ in range(size - 1)]
+    for connection in accepted:
+        send_at_once(connection)
     connections = {connection.recv(): connection for connection in accepted}
     return Workers(store, [connections[rank] for rank in range(1, size)], [])
+
+
+def send_at_once(connection: Connection) -> None:
+    """TCP would keep the end of a message until the other side has confirmed what came before it."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as tcp:
+        tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def serve(connection: Connection, store: dist.Store, rank: int, local_rank: int, size: int) -> None:
