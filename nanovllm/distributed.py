@@ -5,11 +5,7 @@ there is one of those to a process, and it may be the user's.
 """
 
 import logging
-import time
-from collections.abc import Callable
-from concurrent.futures import Future, wait
 from datetime import timedelta
-from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,29 +32,6 @@ class Share(NamedTuple):
     total: int
 
 
-def wait_for(store: dist.Store, keys: list[str], check: Callable[[], None]) -> None:
-    """Until others have set the keys, or `check` raises."""
-    while not store.check(keys):
-        check()
-        time.sleep(0.01)
-
-
-def call_and_check(function: Callable[[dist.Store], Any], store: dist.Store, check: Callable[[], None]) -> Any:
-    """What the function returns, in a thread of its own, which is left behind if `check` raises first."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(store))
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    while not wait([future], 0.1).done:
-        check()
-    return future.result()
-
-
 class Group:
     """One of the `size` ranks, with its device. Until it is connected, as one rank alone need not be, it does nothing."""
 
@@ -69,13 +42,17 @@ class Group:
         self.backend: Any = None
         self.peer_memory: PeerMemory | None = None
 
-    def connect(self, store: dist.Store, check: Callable[[], None] = lambda: None) -> None:
-        """Join the other ranks, which do the same at the same store. What `check` raises ends the waiting for them."""
-        store.set(f"rank {self.rank}", "is here")
-        wait_for(store, [f"rank {rank}" for rank in range(self.size)], check)
-        self.backend = call_and_check(self._new_backend, store, check)
-        if self.device.type == "cuda" and kernels.AVAILABLE and self.size > 1:
-            self._share_memory(store, check)
+    def connect(self, store: dist.Store) -> None:
+        """Join the other ranks, which do the same at the same store."""
+        if self.device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = TIMEOUT
+            self.backend = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+            self.backend.eager_connect_single_device(self.device)
+            if kernels.AVAILABLE and self.size > 1:
+                self._share_memory(store)
+        else:
+            self.backend = dist.ProcessGroupGloo(store, self.rank, self.size, TIMEOUT)
 
     def share(self, count: int, unit: int = 1) -> Share:
         """This rank's part of `count` things of `unit` entries; of fewer things than ranks, several have the same."""
@@ -133,25 +110,14 @@ class Group:
             self.peer_memory.close()
             self.peer_memory = None
 
-    def _new_backend(self, store: dist.Store) -> Any:
-        """Waits for the other ranks, as long as it takes: nothing ends it if one dies."""
-        if self.device.type == "cpu":
-            return dist.ProcessGroupGloo(store, self.rank, self.size, TIMEOUT)
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = TIMEOUT
-        with torch.cuda.device(self.device):
-            backend = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
-            backend.eager_connect_single_device(self.device)
-        return backend
-
-    def _share_memory(self, store: dist.Store, check: Callable[[], None]) -> None:
+    def _share_memory(self, store: dist.Store) -> None:
         """All ranks do, or none."""
         from nanovllm.peer_memory import PeerMemory
 
         memory = PeerMemory(self.device, self.rank, self.size)
         can_share = True
         try:
-            memory.open(store, check)
+            memory.open(store)
         except OSError as error:
             logger.info("rank %d: small sums go through NCCL too: %s", self.rank, error)
             can_share = False

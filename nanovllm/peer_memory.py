@@ -7,7 +7,6 @@ process is killed.
 
 import ctypes
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanovllm.distributed import wait_for
 from nanovllm.kernels.all_reduce import PROGRAMS, all_reduce, memory_bytes
 
 NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED: over NVLink
@@ -44,18 +42,17 @@ class PeerMemory:
         self.turns = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
         self.stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
 
-    def open(self, store: dist.Store, check: Callable[[], None]) -> None:
-        """Meet the other ranks, as `Group.connect`; OSError if the driver refuses, here or there."""
+    def open(self, store: dist.Store) -> None:
+        """Meet the other ranks; OSError if the driver refuses, here or there."""
         exported = b""
         try:
             exported = self._export()
         finally:  # the others wait for it
             store.set(f"memory {self.rank}", exported)  # type: ignore[arg-type]  # takes bytes
-        keys = [f"memory {rank}" for rank in range(self.size)]
-        wait_for(store, keys, check)
         addresses = []
-        for rank, key in enumerate(keys):
-            addresses.append(self.own.value if rank == self.rank else self._import(store.get(key)))
+        for rank in range(self.size):
+            theirs = store.get(f"memory {rank}")
+            addresses.append(self.own.value if rank == self.rank else self._import(theirs))
         self.addresses = torch.tensor(addresses, device=self.device)
 
     def fits(self, x: Tensor) -> bool:

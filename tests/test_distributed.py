@@ -38,7 +38,6 @@ PARAMS = [
 PREEMPTS = {"kvcache_block_size": 4, "num_kvcache_blocks": 34, "max_num_batched_tokens": 13}
 SCRIPT = """
 import json, sys
-import psutil
 from nanovllm import LLM, SamplingParams
 options = {"max_model_len": 128, "max_num_seqs": 8, "num_kvcache_blocks": 40, "use_tqdm": False}
 llm = LLM(sys.argv[1], tensor_parallel_size=2, device=sys.argv[2], **options)
@@ -46,8 +45,7 @@ def generate(max_tokens):
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     return [o.outputs[0].token_ids for o in llm.generate([[1, 2, 3], [4]], params, use_tqdm=False)]
 try:
-    children = [child for child in psutil.Process().children() if "nanovllm" in " ".join(child.cmdline())]
-    print(json.dumps([child.pid for child in children]), flush=True)
+    print("ready", flush=True)
     sys.stdin.readline()
     while len(sys.argv) > 3:
         generate(100)
@@ -227,14 +225,14 @@ def test_a_worker_that_is_killed_ends_the_call(device, tiny_model):
 @on_both
 def test_a_worker_that_is_killed_while_the_ranks_meet(device, tiny_model, monkeypatch):
     """Nothing ends the meeting of NCCL's ranks; on the CPU it is a stand-in that waits as long."""
-    new_backend, never = Group._new_backend, threading.Event()
+    connect, never = Group.connect, threading.Event()
 
     def meet(group, store):
         for child in filter(is_ours, psutil.Process().children()):
             child.kill()
-        return new_backend(group, store) if device == "cuda" else never.wait()
+        return connect(group, store) if device == "cuda" else never.wait()
 
-    monkeypatch.setattr(Group, "_new_backend", meet)
+    monkeypatch.setattr(Group, "connect", meet)
     with pytest.raises(RuntimeError, match="rank 1 failed: its process ended with exit code -9"):
         new_llm(tiny_model("qwen3"), 2, device=device, max_num_seqs=8)
     never.set()
@@ -265,7 +263,8 @@ def start_script(folder: Path, device: str, *arguments: str) -> tuple[subprocess
     command = [sys.executable, "-c", SCRIPT, str(folder), device, *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = subprocess.Popen(command, **pipes, text=True, start_new_session=True)
-    workers = [psutil.Process(pid) for pid in json.loads(process.stdout.readline())]
+    assert process.stdout.readline() == "ready\n"
+    workers = list(filter(is_ours, psutil.Process(process.pid).children()))
     assert len(workers) == 1
     return process, workers
 

@@ -13,8 +13,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
+from concurrent import futures
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import cache
 from multiprocessing.connection import Client, Connection, Listener, wait
@@ -57,7 +60,7 @@ class Workers:
         self.group = Group(config.device_of(0), 0, config.tensor_parallel_size)
         store = dist.PrefixStore(prefix, self.store)
         with self.in_step(pickle.dumps((config, prefix))):
-            self.group.connect(store, self.check)
+            self._connect(store)
         return self.group
 
     def check(self) -> None:
@@ -104,6 +107,26 @@ class Workers:
                     process.kill()
                     process.wait()
         self.group.close()
+
+    def _connect(self, store: dist.Store) -> None:
+        """Join the other ranks, or raise if one fails first. Nothing ends the backends' own meeting if a rank never comes, so
+        that it begins when all are there, and in a thread that can be left behind."""
+        while not store.check([f"rank {rank}" for rank in range(1, self.group.size)]):
+            self.check()
+            time.sleep(0.01)
+        connected: Future[None] = Future()
+
+        def connect() -> None:
+            try:
+                self.group.connect(store)
+                connected.set_result(None)
+            except BaseException as error:
+                connected.set_exception(error)
+
+        threading.Thread(target=connect, daemon=True).start()
+        while not futures.wait([connected], 0.1).done:
+            self.check()
+        connected.result()
 
     def _watch(self) -> None:
         """Workers send nothing unless they fail."""
@@ -205,7 +228,9 @@ def serve(connection: Connection, store: dist.Store, rank: int, local_rank: int,
             if group.device.type == "cuda":
                 torch.cuda.set_device(group.device)
             folder, model_config = find_model(config)
-            group.connect(dist.PrefixStore(prefix, store))
+            model_store = dist.PrefixStore(prefix, store)
+            model_store.set(f"rank {rank}", "is here")
+            group.connect(model_store)
             runner = ModelRunner(config, folder, model_config, group)
             while (message := inbox.get()) != CLOSE:
                 runner.run(PackedStep.from_bytes(message))
