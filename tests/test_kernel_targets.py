@@ -22,7 +22,7 @@ from nanovllm.attention.triton import decode_tiles, prefill_tiles
 from nanovllm.kernels.all_reduce import all_reduce_kernel
 from nanovllm.kernels.gumbel import gumbel_max_kernel
 from nanovllm.kernels.logprobs import norm_and_rank_kernel
-from nanovllm.kernels.paged_attention import decode_kernel, prefill_kernel
+from nanovllm.kernels.paged_attention import attention_kernel
 from nanovllm.kernels.rotary_store import norm_rotate_store_kernel
 from nanovllm.kernels.truncation import UNUSED_BITS, least_kept_kernel
 
@@ -30,10 +30,13 @@ TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 FLOATS = ("q_ptr", "k_cache", "v_cache", "out_ptr")
 NUMBERS = {"scale": "fp32", "q_stride": "i32", "table_stride": "i32"}
 
-def shared_memory(kernel, tiles, capability, head_dim, group, dtype):
+def attention_memory(is_decode, capability, head_dim, group, dtype):
+    kernel, make_tiles = attention_kernel, decode_tiles if is_decode else prefill_tiles
+    tiles = make_tiles(head_dim, group, getattr(torch, dtype))
     constants = {
         "BLOCK_SIZE": 64, "H_KV": 8, "G": group, "D": head_dim, "DP": triton.next_power_of_2(head_dim),
         "PRECISION": "ieee" if dtype == "float32" else "tf32", "M": tiles["M"], "N": tiles["N"],
+        "IS_DECODE": is_decode,
     }
     pointers = {name: "*" + TYPES[dtype] for name in FLOATS} | {"partial_out": "*fp32", "partial_lse": "*fp32"}
     types = {name: "constexpr" for name in constants} | pointers | NUMBERS
@@ -66,9 +69,9 @@ def other_memory(kernel, capability, dtype):
 
 capabilities, shapes, dtypes = json.loads(sys.argv[1])
 for capability, (head_dim, group), dtype in itertools.product(capabilities, shapes, dtypes):
-    for kernel, tiles in ((decode_kernel, decode_tiles), (prefill_kernel, prefill_tiles)):
-        taken = shared_memory(kernel, tiles(head_dim, group, getattr(torch, dtype)), capability, head_dim, group, dtype)
-        print(json.dumps([kernel.__name__, capability, head_dim, group, dtype, taken]))
+    for is_decode in (True, False):
+        taken = attention_memory(is_decode, capability, head_dim, group, dtype)
+        print(json.dumps([is_decode, capability, head_dim, group, dtype, taken]))
 for capability, dtype, kernel in itertools.product(capabilities, dtypes, OTHERS):
     print(json.dumps([kernel.__name__, capability, dtype, other_memory(kernel, capability, dtype)]))
 """

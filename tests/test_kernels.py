@@ -164,22 +164,22 @@ def test_a_layer_leaves_the_workspace_as_it_found_it(device):
     tile=st.sampled_from([16, 64]),
 )
 def test_decode_lists_cover_every_token_once_and_are_equally_long(lens, num_lists, tile):
-    bounds, items, members = split_decodes(int32(lens), num_lists, tile)
-    assert len(items) == len(members) == len(lens) + num_lists
+    bounds, items = split_decodes(int32(lens), num_lists, tile)
+    assert items.shape == (len(lens) + num_lists, 8)
     assert len(bounds) == num_lists + 1
     assert bounds[0] == 0
-    num_items = bounds[-1]
     covered = {row: [] for row in range(len(lens))}
-    for start, end, first, count in items[:num_items].tolist():
-        assert count == 1
-        covered[members[first, 0]].append((start, end, *members[first, 1:].tolist()))
+    for i, (row, token, count, position, *item) in enumerate(items[: bounds[-1]].tolist()):
+        assert (token, count, position) == (row, 1, lens[row] - 1)
+        covered[row].append((i, *item))
     for row, parts in covered.items():
-        edges = [0, *(end for _, end, *_ in parts)]
-        assert [start for start, *_ in parts] == edges[:-1]
+        edges = [0, *(end for _, _, end, _, _ in parts)]
+        assert [start for _, start, *_ in parts] == edges[:-1]
         assert edges[-1] == lens[row]
-        assert [part for _, _, part, *_ in parts] == list(range(parts[0][3], parts[0][3] + len(parts)))
-        assert {(first, count) for *_, first, count in parts} == {(parts[0][3], len(parts))}
-    work = [sum(-(-(e - s) // tile) for s, e, *_ in items[a:b].tolist()) for a, b in pairwise(bounds)]
+        first = parts[0][0]
+        assert [i for i, *_ in parts] == list(range(first, first + len(parts)))
+        assert {part[3:] for part in parts} == {(first, len(parts))}
+    work = [sum(-(-(item[5] - item[4]) // tile) for item in items[a:b].tolist()) for a, b in pairwise(bounds)]
     assert max(work) == -(-sum(-(-n // tile) for n in lens) // num_lists)
 
 
@@ -189,14 +189,16 @@ def test_decode_lists_cover_every_token_once_and_are_equally_long(lens, num_list
 )
 def test_prefill_tiles_cover_every_token_once(chunks, tile):
     query_lens, cached = np.array(chunks, np.int32).T
-    tiles = split_chunks(query_lens, query_lens + cached, tile)
+    bounds, items = split_chunks(query_lens, query_lens + cached, tile)
+    assert bounds.tolist() == list(range(len(items) + 1))
     first = query_lens.cumsum() - query_lens
     seen = [
         (i, start + t - first[i], position + t - cached[i])
-        for i, start, count, position in tiles.tolist()
+        for i, start, count, position, *_ in items.tolist()
         for t in range(count)
     ]
-    assert all(count <= tile for _, _, count, _ in tiles.tolist())
+    assert all(count <= tile for _, _, count, *_ in items.tolist())
+    assert all(rest == [0, position + count, 0, 1] for _, _, count, position, *rest in items.tolist())
     assert sorted(seen) == [(i, t, t) for i, n in enumerate(query_lens) for t in range(n)]
 
 

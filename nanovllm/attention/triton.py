@@ -9,6 +9,7 @@ Prefill is FlashAttention-2 (Dao, arXiv 2307.08691) on the paged cache, the quer
 packed into one tile.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,15 +22,15 @@ from nanovllm.batch import INT, Batch
 from nanovllm.config import ModelConfig
 from nanovllm.kernels import MAX_HEAD_DIM
 from nanovllm.kernels.gumbel import INTERPRETED
-from nanovllm.kernels.paged_attention import decode_kernel, prefill_kernel
+from nanovllm.kernels.paged_attention import attention_kernel
 from nanovllm.kernels.rotary_store import norm_rotate_store
 
 PROGRAMS_PER_PROCESSOR = 3  # decode programs that share a multiprocessor; 2 and 4 are 5 % slower on an H200
 LOG2_E = 1.4426950408889634
 
 
-class DecodeWorkspace(NamedTuple):
-    """Where the parts of cut rows meet; made once a step, used by every layer in turn."""
+class Workspace(NamedTuple):
+    """Where the parts of rows that were cut meet; made once a step, used by every layer in turn."""
 
     partial_out: Tensor  # [parts, H, D] float32, each normalised by its own sum
     partial_lse: Tensor  # [parts, H] float32, log2 of that sum
@@ -50,8 +51,14 @@ class TritonAttention(AttentionBackend):
             raise ValueError(f"attention_backend='triton' runs head sizes up to {MAX_HEAD_DIM}, got {config.head_dim}")
         self.num_kv_heads = config.num_kv_heads
         self.group = config.num_heads // config.num_kv_heads
-        self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5 * LOG2_E
+        self.shape = {
+            "H_KV": config.num_kv_heads,
+            "G": self.group,
+            "D": config.head_dim,
+            "DP": max(16, triton.next_power_of_2(config.head_dim)),
+            "PRECISION": "ieee" if config.dtype == torch.float32 else "tf32",
+        }
         self.decode_tiles = decode_tiles(config.head_dim, self.group, config.dtype)
         self.prefill_tiles = prefill_tiles(config.head_dim, self.group, config.dtype)
         num_processors = 4
@@ -62,44 +69,27 @@ class TritonAttention(AttentionBackend):
     def plan(self, is_decode: bool, query_lens: INT, context_lens: INT) -> list[INT]:
         if is_decode:
             return split_decodes(context_lens, self.num_lists, self.decode_tiles["N"])
-        return [split_chunks(query_lens, context_lens, self.prefill_tiles["M"] // self.group)]
+        return split_chunks(query_lens, context_lens, self.prefill_tiles["M"] // self.group)
 
-    def prepare(self, batch: Batch) -> DecodeWorkspace | None:
-        if not batch.is_decode:
-            return None
-        num_parts, device = len(batch.plan[1]), batch.input_ids.device
-        num_heads = self.num_kv_heads * self.group
-        return DecodeWorkspace(
-            torch.empty(num_parts, num_heads, self.head_dim, dtype=torch.float32, device=device),
-            torch.empty(num_parts, num_heads, dtype=torch.float32, device=device),
-            torch.zeros(len(batch.rows), self.num_kv_heads, dtype=torch.int32, device=device),
+    def prepare(self, batch: Batch) -> Workspace:
+        num_parts = len(batch.plan[1]) if batch.is_decode else 0
+        new = partial(torch.empty, dtype=torch.float32, device=batch.rows.device)
+        return Workspace(
+            new(num_parts, self.num_kv_heads * self.group, self.shape["D"]),
+            new(num_parts, self.num_kv_heads * self.group),
+            torch.zeros(len(batch.rows), self.num_kv_heads, dtype=torch.int32, device=batch.rows.device),
         )
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        tables = batch.block_tables
-        if batch.is_decode:
-            decode_kernel[(self.num_lists * self.num_kv_heads,)](
-                q, k_cache, v_cache, out, *batch.attention, batch.rows, tables, *batch.plan,
-                self.scale, q.stride(0), tables.stride(0), **self._shape(k_cache), **self.decode_tiles,
-            )  # fmt: skip
-        else:
-            (tiles,) = batch.plan
-            prefill_kernel[(len(tiles), self.num_kv_heads)](
-                q, k_cache, v_cache, out, batch.rows, tables, tiles,
-                self.scale, q.stride(0), tables.stride(0), **self._shape(k_cache), **self.prefill_tiles,
-            )  # fmt: skip
+        tables, (bounds, items) = batch.block_tables, batch.plan
+        tiles = self.decode_tiles if batch.is_decode else self.prefill_tiles
+        attention_kernel[(len(bounds) - 1, self.num_kv_heads)](
+            q, k_cache, v_cache, out, *batch.attention, batch.rows, tables, bounds, items,
+            self.scale, q.stride(0), tables.stride(0),
+            BLOCK_SIZE=k_cache.shape[1], IS_DECODE=batch.is_decode, **self.shape, **tiles,
+        )  # fmt: skip
         return out
-
-    def _shape(self, k_cache: Tensor) -> dict[str, Any]:
-        return {
-            "BLOCK_SIZE": k_cache.shape[1],
-            "H_KV": self.num_kv_heads,
-            "G": self.group,
-            "D": self.head_dim,
-            "DP": max(16, triton.next_power_of_2(self.head_dim)),
-            "PRECISION": "ieee" if k_cache.dtype == torch.float32 else "tf32",
-        }
 
 
 def decode_tiles(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, int]:
@@ -124,53 +114,42 @@ def prefill_tiles(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, in
 def split_decodes(context_lens: INT, num_lists: int, tile: int) -> list[INT]:
     """Cut the KV of decode rows into `num_lists` lists of equally many tiles.
 
-    An item has one member yet: rows that share blocks will attend to them together.
-
     Returns:
         bounds [num_lists + 1]: list p has the items bounds[p] … bounds[p+1]-1.
-        items [B + num_lists, 4]: the tokens start … end-1 of one block table, and the first and the number of the
-            members that attend to them.
-        members [B + num_lists, 4]: a row of the batch, where its part goes, its first part and its number of parts.
+        items [B + num_lists, 8]: see `pack_items`; what is left over is zero.
 
-    The shapes depend on the number of rows alone; what is left over is zero.
+    The shapes depend on the number of rows alone.
     """
-    num_rows = len(context_lens)
     tiles = -(-context_lens // tile)
-    ends = tiles.cumsum()
-    starts = ends - tiles
-    total = int(ends[-1])
+    row_ends = tiles.cumsum()  # of the tiles of all rows, laid end to end
+    total = int(row_ends[-1])
     per_list = -(-total // num_lists)
-    item_ends = np.union1d(ends, np.arange(per_list, total, per_list))
-    item_starts = np.concatenate(([0], item_ends[:-1]))
-    rows = np.searchsorted(ends, item_starts, side="right")
-    num_items = len(rows)
-    num_parts = np.bincount(rows, minlength=num_rows)
-    index = np.arange(num_items)
-    items = np.zeros((num_rows + num_lists, 4), np.int32)
-    items[:num_items, 0] = (item_starts - starts[rows]) * tile
-    items[:num_items, 1] = np.minimum((item_ends - starts[rows]) * tile, context_lens[rows])
-    items[:num_items, 2] = index
-    items[:num_items, 3] = 1
-    members = np.zeros_like(items)
-    members[:num_items, 0] = rows
-    members[:num_items, 1] = index
-    members[:num_items, 2] = (num_parts.cumsum() - num_parts)[rows]
-    members[:num_items, 3] = num_parts[rows]
-    bounds = np.searchsorted(item_starts, np.arange(num_lists + 1) * per_list).astype(np.int32)
-    return [bounds, items, members]
+    ends = np.union1d(row_ends, np.arange(per_list, total, per_list))
+    starts = np.concatenate(([0], ends[:-1]))
+    rows = np.searchsorted(row_ends, starts, side="right")
+    first_parts = np.searchsorted(rows, rows)
+    num_parts = np.searchsorted(rows, rows, side="right") - first_parts
+    row_starts, row_lens = (row_ends - tiles)[rows], context_lens[rows]
+    kv_starts, kv_ends = (starts - row_starts) * tile, np.minimum((ends - row_starts) * tile, row_lens)
+    items = np.zeros((len(context_lens) + num_lists, 8), np.int32)
+    items[: len(rows)] = pack_items(rows, rows, 1, row_lens - 1, kv_starts, kv_ends, first_parts, num_parts)
+    return [np.searchsorted(starts, np.arange(num_lists + 1) * per_list).astype(np.int32), items]
 
 
-def split_chunks(query_lens: INT, context_lens: INT, tile: int) -> INT:
-    """Cut the tokens of chunks into tiles, those with the most KV first.
-
-    Returns [tiles, 4]: the sequence, its tokens in the batch (first, number), and the position of the first one.
-    """
+def split_chunks(query_lens: INT, context_lens: INT, tile: int) -> list[INT]:
+    """Cut the tokens of chunks into tiles, each a list of its own, those with the most KV first. As `split_decodes`."""
     num_tiles = -(-query_lens // tile)
     sequences = np.repeat(np.arange(len(query_lens)), num_tiles)
     offsets = (np.arange(len(sequences)) - (num_tiles.cumsum() - num_tiles)[sequences]) * tile
-    tiles = np.empty((len(sequences), 4), np.int32)
-    tiles[:, 0] = sequences
-    tiles[:, 1] = (query_lens.cumsum() - query_lens)[sequences] + offsets
-    tiles[:, 2] = np.minimum(tile, query_lens[sequences] - offsets)
-    tiles[:, 3] = (context_lens - query_lens)[sequences] + offsets
-    return tiles[np.argsort(-tiles[:, 3], kind="stable")]
+    tokens = (query_lens.cumsum() - query_lens)[sequences] + offsets
+    counts = np.minimum(tile, query_lens[sequences] - offsets)
+    positions = (context_lens - query_lens)[sequences] + offsets
+    items = pack_items(sequences, tokens, counts, positions, 0, positions + counts, 0, 1)
+    return [np.arange(len(items) + 1, dtype=np.int32), items[np.argsort(-positions, kind="stable")]]
+
+
+def pack_items(*fields: Any) -> INT:
+    """Items [n, 8] of their fields, each an array [n] or one number for all: the place of a sequence in the batch; the
+    first of its tokens in the batch and how many; the position of that first one; the tokens start … end-1 of its KV that
+    they attend to; and of a row that was cut the first item, and how many."""
+    return np.stack(np.broadcast_arrays(*fields), axis=1).astype(np.int32)
