@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 8192
+LOWEST = tl.constexpr(-3.4e38)  # finite
 UNUSED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of their values in float32, always 0
 
 
@@ -27,40 +28,34 @@ def least_kept(logits: Tensor, rows: Tensor, sampling: Tensor) -> Tensor:
 
 @triton.jit
 def to_key(x, SHIFT: tl.constexpr):
-    bits = x.to(tl.int32, bitcast=True)
-    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT).to(tl.int64)
+    bits = x.to(tl.int32, bitcast=True) >> SHIFT
+    return (bits ^ ((bits >> 31) & (0x7FFFFFFF >> SHIFT))).to(tl.int64)
 
 
 @triton.jit
 def to_float(key, SHIFT: tl.constexpr):
-    key = key << SHIFT
-    if key < 0:
-        key += (1 << SHIFT) - 1
     bits = key.to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return ((bits ^ ((bits >> 31) & (0x7FFFFFFF >> SHIFT))) << SHIFT).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def load(logits, start, vocab_size, BLOCK: tl.constexpr):
-    column = start + tl.arange(0, BLOCK)
+    """Columns of a row, [1, BLOCK]."""
+    column = start + tl.arange(0, BLOCK)[None, :]
     return tl.load(logits + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
-def weigh(logits, vocab_size, highest, sharpness, a, b, c, BLOCK: tl.constexpr, BY_MASS: tl.constexpr):
-    """Of the tokens at or above a, b and c, which are finite, the numbers or the masses."""
-    above_a = tl.zeros([BLOCK], tl.float32)
-    above_b = tl.zeros([BLOCK], tl.float32)
-    above_c = tl.zeros([BLOCK], tl.float32)
+def weigh(logits, vocab_size, highest, sharpness, pivots, BLOCK: tl.constexpr, BY_MASS: tl.constexpr):
+    """Of the tokens at or above each of the pivots [P], which are finite, the numbers or the masses [P]."""
+    above = tl.zeros([pivots.shape[0], BLOCK], tl.float32)
     for start in range(0, vocab_size, BLOCK):
         x = load(logits, start, vocab_size, BLOCK)
         weight = 1.0
         if BY_MASS:
             weight = tl.exp((x - highest) * sharpness)
-        above_a += tl.where(x >= a, weight, 0.0)
-        above_b += tl.where(x >= b, weight, 0.0)
-        above_c += tl.where(x >= c, weight, 0.0)
-    return tl.sum(above_a, 0), tl.sum(above_b, 0), tl.sum(above_c, 0)
+        above += tl.where(x >= pivots[:, None], weight, 0.0)
+    return tl.sum(above, 1)
 
 
 @triton.jit
@@ -70,19 +65,12 @@ def search(
 ):  # fmt: skip
     """The largest key in [low, high) at which the weight reaches `target`, or one that keeps the same; low if none."""
     while high - low > 1:
-        span = high - low
-        a = low + tl.maximum(span // 4, 1)
-        b = low + tl.maximum(span // 2, 1)
-        c = low + tl.maximum(span - span // 4 - 1, 1)
-        at_a, at_b, at_c = weigh(
-            logits, vocab_size, highest, sharpness,
-            to_float(a, SHIFT), to_float(b, SHIFT), to_float(c, SHIFT), BLOCK, BY_MASS,
-        )  # fmt: skip
-        high = tl.where(at_a < target, a, tl.where(at_b < target, b, tl.where(at_c < target, c, high)))
-        low = tl.where(at_c >= target, c, tl.where(at_b >= target, b, tl.where(at_a >= target, a, low)))
-        if not BY_MASS:  # noqa: SIM102 (known when it is compiled)
-            if (at_a == target) | (at_b == target) | (at_c == target):
-                high = low  # exactly so many: nothing between them and the next one matters
+        keys = low + tl.maximum((high - low) * tl.arange(1, 5) // 5, 1)
+        weights = weigh(logits, vocab_size, highest, sharpness, to_float(keys, SHIFT), BLOCK, BY_MASS)
+        low = tl.max(tl.where(weights >= target, keys, low), 0)
+        high = tl.min(tl.where(weights < target, keys, high), 0)
+        if tl.max((weights == target).to(tl.int32), 0) == 1:
+            high = low  # exactly so much: nothing between them and the next one matters
     return low
 
 
@@ -91,7 +79,7 @@ def kth_key(x, k, low, high, SHIFT: tl.constexpr):
     """The key of the k-th largest of x, which are in registers; low if they are fewer."""
     while high - low > 1:
         middle = low + (high - low) // 2
-        reaches = tl.sum((x >= to_float(middle, SHIFT)).to(tl.int32), 0) >= k
+        reaches = tl.sum((x >= to_float(middle, SHIFT)).to(tl.int32)) >= k
         low = tl.where(reaches, middle, low)
         high = tl.where(reaches, high, middle)
     return low
@@ -111,31 +99,27 @@ def least_kept_kernel(
     threshold = float("-inf")
     if (temperature > 0) & ((top_k < vocab_size) | (top_p < 1) | (min_p > 0)):
         sharpness = 1 / tl.maximum(temperature, 1e-30)
-        best = tl.full([BLOCK], float("-inf"), tl.float32)
-        worst = tl.full([BLOCK], float("inf"), tl.float32)
+        best = tl.full([1, BLOCK], float("-inf"), tl.float32)
         for start in range(0, vocab_size, BLOCK):
-            x = load(logits, start, vocab_size, BLOCK)
-            best = tl.maximum(best, x)
-            worst = tl.minimum(worst, tl.where(x > float("-inf"), x, float("inf")))
-        highest = tl.max(best, 0)
+            best = tl.maximum(best, load(logits, start, vocab_size, BLOCK))
+        highest = tl.max(best)
+        low, high = to_key(tl.full([], LOWEST, tl.float32), SHIFT), to_key(highest, SHIFT) + 1
         if min_p > 0:
-            worst = tl.full([BLOCK], float("inf"), tl.float32)
+            worst = tl.full([1, BLOCK], float("inf"), tl.float32)
             for start in range(0, vocab_size, BLOCK):
                 x = load(logits, start, vocab_size, BLOCK)
-                alive = (x > float("-inf")) & (tl.exp((x - highest) * sharpness) >= min_p)
-                worst = tl.minimum(worst, tl.where(alive, x, float("inf")))
-        low = to_key(tl.min(worst, 0), SHIFT)
-        high = to_key(highest, SHIFT) + 1
+                is_kept = tl.exp((x - highest) * sharpness) >= min_p
+                worst = tl.minimum(worst, tl.where(is_kept, x, float("inf")))
+            low = to_key(tl.min(worst), SHIFT)
         if top_k < vocab_size:
             # The k-th largest of the columns' maxima is not above the k-th largest of all, and hardly below it.
             low = kth_key(best, top_k, low, high, SHIFT)
-            floor = to_float(low, SHIFT)
-            count, _, _ = weigh(logits, vocab_size, highest, sharpness, floor, floor, floor, BLOCK, False)
-            if count > top_k:
+            floor = tl.full([1], to_float(low, SHIFT), tl.float32)
+            if tl.max(weigh(logits, vocab_size, highest, sharpness, floor, BLOCK, False), 0) > top_k:
                 low = search(logits, vocab_size, highest, sharpness, low, high, top_k, SHIFT, BLOCK, False)
         if top_p < 1:
-            floor = to_float(low, SHIFT)
-            total, _, _ = weigh(logits, vocab_size, highest, sharpness, floor, floor, floor, BLOCK, True)
+            floor = tl.full([1], to_float(low, SHIFT), tl.float32)
+            total = tl.max(weigh(logits, vocab_size, highest, sharpness, floor, BLOCK, True), 0)
             low = search(logits, vocab_size, highest, sharpness, low, high, top_p * total, SHIFT, BLOCK, True)
         threshold = to_float(low, SHIFT)
     tl.store(least + s, threshold)
