@@ -214,14 +214,11 @@ def test_gumbel_max(dtype, temperature, device):
     sampling = torch.from_numpy(np.array(packed)).to(device)
     rows = torch.tensor([4, 1, 2], dtype=torch.int32, device=device)
     positions = torch.tensor([0, 9, 1000], dtype=torch.int32, device=device)
-    last_token = torch.full((5,), -1, dtype=torch.int32, device=device)
-    drawn = gumbel_max(logits, None, rows, positions, sampling, last_token).long()
+    drawn = gumbel_max(logits, None, rows, positions, sampling).long()
     seeds = SamplingBatch(sampling, rows, positions, True, False).unpack()[-1]
     scores = logits.float() + gumbel_noise(seeds, positions, vocab_size) * temperature
     best = scores.max(-1).values
     assert (scores.gather(1, drawn[:, None])[:, 0] >= best - 1e-5 * best.abs()).all()
-    assert torch.equal(last_token[rows.long()].long(), drawn)
-    assert (last_token[[0, 3]] == -1).all()
     if temperature == 0:
         assert drawn.tolist() == logits.float().max(-1).indices.tolist() == [77, 77, 77]
 
@@ -232,7 +229,7 @@ def test_gumbel_max_passes_over_what_is_below_the_least(device):
     sampling = torch.from_numpy(np.array(packed)).to(device)
     rows = torch.arange(50, dtype=torch.int32, device=device)
     least = torch.full((50,), 2.0, device=device)
-    drawn = gumbel_max(logits, least, rows, rows, sampling, torch.zeros_like(rows))
+    drawn = gumbel_max(logits, least, rows, rows, sampling)
     assert set(drawn.tolist()) == {1, 2, 3}
 
 

@@ -9,29 +9,20 @@ from triton.language.extra import libdevice
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # the interpreter has no libdevice
 BLOCK = 2048
 TARGET_PROGRAMS = 1024  # enough to fill a large GPU a few times over
-MAX_SPLITS = 128  # of a row
 
 
-def gumbel_max(
-    logits: Tensor, least: Tensor | None, rows: Tensor, positions: Tensor, sampling: Tensor, last_token: Tensor
-) -> Tensor:
+def gumbel_max(logits: Tensor, least: Tensor | None, rows: Tensor, positions: Tensor, sampling: Tensor) -> Tensor:
     """Draw a token for each row of logits [S, vocabulary], whose sampling parameters are `sampling[rows]`, among those
-    that are at least `least` [S] float32.
-
-    The tokens are also written to `last_token[rows]`. Returns int32 [S].
-    """
+    that are at least `least` [S] float32. Returns int32 [S]."""
     num_rows, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, BLOCK)
-    per_split = triton.cdiv(num_blocks, max(1, min(MAX_SPLITS, TARGET_PROGRAMS // num_rows)))
-    num_splits = triton.cdiv(num_blocks, per_split)
-    best = torch.empty(num_rows, num_splits, dtype=torch.int64, device=logits.device)
-    token_ids = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
-    gumbel_max_kernel[(num_rows, num_splits)](
+    per_split = triton.cdiv(num_blocks, max(1, TARGET_PROGRAMS // num_rows))
+    best = torch.full((num_rows,), torch.iinfo(torch.int64).min, device=logits.device)
+    gumbel_max_kernel[(num_rows, triton.cdiv(num_blocks, per_split))](
         logits, logits.stride(0), vocab_size, logits if least is None else least, rows, positions, sampling, best,
         per_split, HAS_LEAST=least is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
-    pick_kernel[(num_rows,)](best, num_splits, rows, last_token, token_ids, SPLITS=MAX_SPLITS, num_warps=1)
-    return token_ids
+    return 0x7FFFFFFF - best.view(torch.int32)[::2]  # the lower halves
 
 
 @triton.jit
@@ -94,15 +85,4 @@ def gumbel_max_kernel(
     bits = (best_score + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     packed = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - best_column).to(tl.int64)
-    tl.store(best + s * tl.num_programs(1) + split, tl.max(packed, 0))
-
-
-@triton.jit(do_not_specialize=["num_splits"])
-def pick_kernel(best, num_splits, rows, last_token, token_ids, SPLITS: tl.constexpr):
-    s = tl.program_id(0)
-    split = tl.arange(0, SPLITS)
-    lowest = -0x7FFFFFFFFFFFFFFF
-    packed = tl.max(tl.load(best + s * num_splits + split, mask=split < num_splits, other=lowest), 0)
-    token = 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
-    tl.store(token_ids + s, token)
-    tl.store(last_token + tl.load(rows + s), token)
+    tl.atomic_max(best + s, tl.max(packed, 0), sem="relaxed")
