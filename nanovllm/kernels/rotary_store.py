@@ -43,24 +43,15 @@ def norm_rotate_store_kernel(
     x, y = first.to(tl.float32), second.to(tl.float32)
     if HAS_NORM:
         scale = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / D + eps)[:, None]
-        is_q, is_k = live & (head < H), live & (head >= H)
-        zero = i + head * 0
-        wx = tl.load(q_norm + zero, mask=is_q, other=0.0) + tl.load(k_norm + zero, mask=is_k, other=0.0)
-        wy = tl.load(q_norm + zero + D // 2, mask=is_q, other=0.0)
-        wy += tl.load(k_norm + zero + D // 2, mask=is_k, other=0.0)
-        x, y = x * scale * wx.to(tl.float32), y * scale * wy.to(tl.float32)
+        weight = tl.where(head < H, q_norm, k_norm) + i
+        x = x * scale * tl.load(weight, mask=live, other=0.0).to(tl.float32)
+        y = y * scale * tl.load(weight + D // 2, mask=live, other=0.0).to(tl.float32)
     column = tl.arange(0, HALF)
     cos = tl.load(cos_ptr + token * cos_stride + column, mask=column < D // 2, other=0.0)[None, :]
     sin = tl.load(sin_ptr + token * cos_stride + D // 2 + column, mask=column < D // 2, other=0.0)[None, :]
-    rotated_x, rotated_y = (x * cos - y * sin).to(first.dtype), (y * cos + x * sin).to(first.dtype)
-    tl.store(at, rotated_x, mask=live & (head < H))
-    tl.store(at + D // 2, rotated_y, mask=live & (head < H))
+    is_v = head >= H + H_KV
     slot = tl.load(slots + token) * H_KV
-    is_k = live & (head >= H) & (head < H + H_KV)
-    k_at = k_cache + (slot + head - H) * D + i
-    tl.store(k_at, rotated_x, mask=is_k)
-    tl.store(k_at + D // 2, rotated_y, mask=is_k)
-    is_v = live & (head >= H + H_KV)
-    v_at = v_cache + (slot + head - H - H_KV) * D + i
-    tl.store(v_at, first, mask=is_v)
-    tl.store(v_at + D // 2, second, mask=is_v)
+    cache_at = tl.where(is_v, v_cache + (slot + head - H - H_KV) * D, k_cache + (slot + head - H) * D) + i
+    at = tl.where(head < H, at, cache_at)
+    tl.store(at, tl.where(is_v, first, (x * cos - y * sin).to(first.dtype)), mask=live)
+    tl.store(at + D // 2, tl.where(is_v, second, (y * cos + x * sin).to(first.dtype)), mask=live)
