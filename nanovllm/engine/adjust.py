@@ -36,18 +36,14 @@ def adjust(logits: Tensor, sequences: list[Sequence], send: Send) -> Tensor:
 
 def _penalize(logits: Tensor, penalized: Asking, send: Send) -> None:
     """Repetition (prompt and completion), presence and frequency (completion) penalties, on their rows in place."""
-    histories = [seq.history for _, seq in penalized]
-    lens = [len(history) for history in histories]
-    ends = np.cumsum(lens)
-    prompt_ends = ends - lens + [seq.num_prompt_tokens for _, seq in penalized]
-    token_ids, num_tokens = send(np.concatenate(histories)), int(ends[-1])
-    owners = torch.repeat_interleave(send(lens), output_size=num_tokens)
-    in_completion = torch.arange(num_tokens, device=logits.device) >= send(prompt_ends)[owners]
-    place = owners * logits.shape[1] + token_ids
-    is_known = logits.new_zeros(len(lens), logits.shape[1], dtype=torch.bool)
-    is_known.view(-1).scatter_(0, place, True)
+    vocab_size = logits.shape[1]
+    histories = [(i * vocab_size + seq.history, seq.num_prompt_tokens) for i, (_, seq) in enumerate(penalized)]
+    known = send(np.concatenate([places for places, _ in histories]))
+    drawn = send(np.concatenate([places[num_prompt:] for places, num_prompt in histories]))
+    is_known = logits.new_zeros(len(penalized), vocab_size, dtype=torch.bool)
+    is_known.view(-1)[known] = True
     counts = logits.new_zeros(is_known.shape)
-    counts.view(-1).scatter_add_(0, place, in_completion.float())
+    counts.view(-1).index_add_(0, drawn, counts.new_ones(len(drawn)))
     params = (seq.params for _, seq in penalized)
     penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
     repetition, presence, frequency = send(np.array(penalties, np.float32)).unsqueeze(2).unbind(1)
