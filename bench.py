@@ -33,7 +33,8 @@ import transformers
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config, ModelConfig
-from nanovllm.engine.llm_engine import LLMEngine, StepCounts
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.scheduler import Step
 
 DEMO_MODEL = Path(__file__).parent / "models" / "SmolLM2-135M-Instruct"
 VOCABULARY = 10000  # the highest token id in the prompts
@@ -220,11 +221,11 @@ def wrapped(owner: Any, method: str, wrapper: Callable[..., Any]) -> Iterator[No
 
 
 class Turn(NamedTuple):
-    """One turn of the loop; the counts are of the step whose tokens came in."""
+    """One turn of the loop, and the step whose tokens came in."""
 
     start: float
     end: float
-    counts: StepCounts
+    step: Step
     kv_usage: float
 
 
@@ -235,12 +236,12 @@ class Trace:
         self.engine = engine
         self.turns: list[Turn] = []
 
-    def call(self, step: Callable[[], StepCounts]) -> StepCounts:
+    def call(self, run: Callable[[], Step]) -> Step:
         start = time.perf_counter()
-        counts = step()
+        step = run()
         end = time.perf_counter()
-        self.turns.append(Turn(start, end, counts, self.engine.stats()["kv_cache_usage"]))
-        return counts
+        self.turns.append(Turn(start, end, step, self.engine.stats()["kv_cache_usage"]))
+        return step
 
 
 def run_pass(llm: LLM, workload: Workload, pass_number: int, timer: DeviceTimer | None, trace: Trace | None) -> float:
@@ -326,7 +327,7 @@ def plot(traces: dict[str, list[Turn]], figure: Any, file: str) -> None:
         ends = [turn.end - turns[0].start for turn in turns]
         top.scatter(ends, [1000 * (turn.end - turn.start) for turn in turns], s=3, color="black")
         for kind, count in ("prompt", "num_prefill_tokens"), ("output", "num_decode_tokens"):
-            counts = [getattr(turn.counts, count) or None for turn in turns]  # nothing is drawn for None
+            counts = [getattr(turn.step, count) or None for turn in turns]  # nothing is drawn for None
             middle.plot(ends, counts, linestyle="none", marker=".", markersize=3, label=kind)
         middle.legend()
         bottom.plot(ends, [100 * turn.kv_usage for turn in turns], color="black")

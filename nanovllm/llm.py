@@ -2,7 +2,9 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import chain, count
@@ -14,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nanovllm.checks import check_list, check_type
 from nanovllm.config import Config, read_json, token_id_set
-from nanovllm.engine.llm_engine import LLMEngine, StepCounts, no_full_collections
+from nanovllm.engine.llm_engine import LLMEngine, no_full_collections
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models.loader import resolve_model
 from nanovllm.outputs import CompletionOutput, Increment, RequestMetrics, RequestOutput
@@ -41,6 +43,7 @@ class LLM:
         self.config = Config.from_options(model, options)
         self.engine = LLMEngine(self.config)
         self._ids = count()
+        self._finished: list[Sequence] = []  # of `add_request`, until `step` returns them
         self._random = random.Random(self.config.seed)
         self._text = Text(resolve_model(self.config.tokenizer) if self.config.tokenizer else self.engine.folder)
 
@@ -60,6 +63,7 @@ class LLM:
         """
         requests = {request[0].request_id: request for request in self._make_requests(prompts, sampling_params)}
         outputs: dict[int, RequestOutput] = {}
+        finished: list[Sequence] = []
 
         def collect(request_ids: Iterable[int]) -> None:
             """Make the outputs of those requests that are done."""
@@ -68,20 +72,22 @@ class LLM:
                     outputs[request_id] = self._make_output(requests[request_id])
 
         try:
-            self._start(requests.values())
-            counts = StepCounts()
+            self._start(requests.values(), finished)
+            num_tokens: Counter[str] = Counter()
             with tqdm(total=len(requests), desc="Generating", unit="request", disable=not use_tqdm) as bar:
-                while len(outputs) < len(requests) and not self.engine.is_idle:
-                    counts = counts.plus(self.engine.step())
-                    collect({seq.request_id for seq in self.engine.take_finished(requests)})
+                while len(outputs) < len(requests) and self.engine.scheduler.has_unfinished:
+                    step = self.engine.step()
+                    num_tokens.update(prefill=step.num_prefill_tokens, decode=step.num_decode_tokens)
+                    collect({seq.request_id for seq in finished})
+                    finished.clear()
                     if use_tqdm:
-                        self._show(bar, len(outputs), counts)
+                        self._show(bar, len(outputs), num_tokens)
         except BaseException as error:
             try:
                 collect(requests)
             finally:
                 error.outputs = [outputs.get(request_id) for request_id in requests]  # type: ignore[attr-defined]
-                self.engine.abort(set(requests))
+                self.engine.scheduler.abort(set(requests))
             raise
         return [outputs[request_id] for request_id in requests if request_id in outputs]
 
@@ -122,13 +128,12 @@ class LLM:
         places = {seq: (i, j) for i, request in enumerate(requests) for j, seq in enumerate(request)}
         num_given = dict.fromkeys(places, 0)  # tokens, of the sequences that have more to give
         try:
-            self._start(requests)
+            self._start(requests, deque(maxlen=0))  # it looks at them itself
             num_resets = self.engine.num_resets
             while num_given:
                 if self.engine.num_resets != num_resets:
                     raise RuntimeError("an error in another call has dropped this stream's requests")
                 self.engine.step()
-                self.engine.take_finished(request_ids)
                 for seq, start in list(num_given.items()):
                     num_given[seq] = seq.num_completion_tokens
                     if start < seq.num_completion_tokens:
@@ -141,14 +146,12 @@ class LLM:
                     if seq.is_finished and num_given[seq] == seq.num_completion_tokens:
                         del num_given[seq]
         finally:
-            self.engine.abort(request_ids)
+            self.engine.scheduler.abort(request_ids)
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue one prompt for `step()`; returns its request id. Errors as in `generate`."""
         (request,) = requests = self._make_requests([prompt], sampling_params)
-        for seq in request:
-            seq.is_polled = True
-        self._start(requests)
+        self._start(requests, self._finished)
         return request[0].request_id
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
@@ -157,17 +160,19 @@ class LLM:
         The number is the prompt tokens of the step whose results came in, or minus its decode tokens if it had no
         prompt tokens. An exception drops every unfinished request, and the LLM can be used again.
         """
-        counts = self.engine.step()
-        outputs = [(seq.request_id, seq.completion_token_ids) for seq in self.engine.take_finished(self._polled())]
-        return outputs, counts.num_prefill_tokens or -counts.num_decode_tokens
+        step = self.engine.step()
+        outputs = [(seq.request_id, seq.completion_token_ids) for seq in self._finished]
+        self._finished.clear()
+        return outputs, step.num_prefill_tokens or -step.num_decode_tokens
 
     def is_finished(self) -> bool:
         """Whether `step()` has nothing more to give."""
-        return self.engine.is_idle and not self._polled()
+        return not (self.engine.scheduler.has_unfinished or self._finished)
 
     def abort(self, request_id: int) -> None:
         """Drop a request: `step()` will not return it. One that is finished or unknown is passed over."""
-        self.engine.abort({request_id})
+        self.engine.scheduler.abort({request_id})
+        self._finished[:] = [seq for seq in self._finished if seq.request_id != request_id]
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends."""
@@ -216,10 +221,6 @@ class LLM:
         if "engine" in self.__dict__ and not is_finalizing():
             self.close()
 
-    def _polled(self) -> set[int]:
-        """The requests of `add_request` of which something has finished."""
-        return {seq.request_id for seq in self.engine.finished.values() if seq.is_polled}
-
     def _make_requests(self, prompts: Prompts, params: Params, is_stream: bool = False) -> list[list[Sequence]]:
         """Validate everything that a call asks for, before anything runs; the sequences of each request, `n` of them."""
         parsed = parse_requests(prompts, params)
@@ -243,9 +244,8 @@ class LLM:
             needs_text = params.stop or (is_stream and params.detokenize and self._text.tokenizer is not None)
             samples = [
                 Sequence(
-                    seq_id=next(self._ids),
                     request_id=request_id,
-                    token_ids=list(token_ids),
+                    token_ids=array("i", token_ids),
                     # one that does not depend on n, the same in every process
                     seed=seed if i == 0 else random.Random(f"{seed}, sample {i}").getrandbits(63),
                     params=params if i == 0 else others,
@@ -260,8 +260,9 @@ class LLM:
             requests.append(samples)
         return requests
 
-    def _start(self, requests: Iterable[list[Sequence]]) -> None:
+    def _start(self, requests: Iterable[list[Sequence]], outbox: MutableSequence[Sequence]) -> None:
         for seq in chain.from_iterable(requests):
+            seq.outbox = outbox
             self.engine.add(seq)
 
     def _make_output(self, samples: list[Sequence]) -> RequestOutput:
@@ -269,7 +270,7 @@ class LLM:
         return RequestOutput(
             request_id=first.request_id,
             prompt=first.prompt,
-            prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
+            prompt_token_ids=list(first.token_ids[: first.num_prompt_tokens]),
             outputs=[CompletionOutput(**self._completion(seq, i)) for i, seq in enumerate(samples)],
             num_cached_tokens=first.num_cached_tokens or 0,
             prompt_logprobs=None if first.params.prompt_logprobs is None else first.prompt_logprobs,
@@ -297,9 +298,9 @@ class LLM:
             "logprobs": None if params.logprobs is None else seq.logprobs[start:],
         }
 
-    def _show(self, bar: tqdm, num_finished: int, counts: StepCounts) -> None:
+    def _show(self, bar: tqdm, num_finished: int, num_tokens: Counter[str]) -> None:
         """Finished requests, tokens per second since the start, and the KV pool's use."""
         seconds = max(bar.format_dict["elapsed"], 1e-3)  # some clocks tick in 16 ms
-        rates = {name: f"{num / seconds:.0f}tok/s" for name, num in zip(("prefill", "decode"), counts, strict=True)}
+        rates = {name: f"{num / seconds:.0f}tok/s" for name, num in num_tokens.items()}
         bar.set_postfix(rates, KV=f"{self.stats()['kv_cache_usage']:.0%}", refresh=False)
         bar.update(num_finished - bar.n)

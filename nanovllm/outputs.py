@@ -19,9 +19,12 @@ class Logprob(NamedTuple):
     decoded_token: str | None = None
 
 
-def candidates(token_id: int, row: LogprobRow, text_of: Callable[[int], str]) -> dict[int, Logprob]:
-    """A token and the most likely ones in its place, with their texts."""
+def candidates(
+    token_id: int, row: LogprobRow, num_top: int | None, text_of: Callable[[int], str]
+) -> dict[int, Logprob]:
+    """A token and the `num_top` most likely ones in its place (-1 is all that are there), with their texts."""
     logprob, rank, values, ids = row
+    ids = ids if num_top == -1 else ids[:num_top]
     found = {token_id: Logprob(logprob, rank, text_of(token_id))}
     found.update(zip(ids, map(Logprob, values, count(1), map(text_of, ids)), strict=True))
     return found

@@ -208,8 +208,8 @@ def test_what_watches_a_pass_leaves_the_llm_as_it_was(tiny_model):
     bench.run_pass(llm, bench.Workload(2, (4, 4), (3, 3)), 0, None, trace)
     assert vars(llm.engine).keys() == before[0].keys()
     assert vars(llm.engine.runner).keys() == before[1].keys()
-    assert sum(turn.counts.num_prefill_tokens for turn in trace.turns) == 8
-    assert sum(turn.counts.num_decode_tokens for turn in trace.turns) == 2 * (3 - 1)
+    assert sum(turn.step.num_prefill_tokens for turn in trace.turns) == 8
+    assert sum(turn.step.num_decode_tokens for turn in trace.turns) == 2 * (3 - 1)
 
 
 @pytest.mark.parametrize("args", [["--passes", "0"], ["--workload", "single", "--num-seqs", "2"], ["--workload", "x"]])

@@ -58,10 +58,9 @@ def test_nothing_synchronises_between_planning_and_sampling(options, tiny_model)
         *(replace(p, logits_processors=None) for p in PARAMS[1:]),  # what users write may wait
     ]
     llm.generate(PROMPTS, params, use_tqdm=False)  # lazy initialisation may wait
-    for seq in [s for (s,) in llm._make_requests(PROMPTS, params)]:
-        llm.engine.add(seq)
-    engine = llm.engine
-    while not llm.is_finished():
+    llm._start(llm._make_requests(PROMPTS, params), [])
+    engine, finished = llm.engine, []
+    while engine.scheduler.has_unfinished:
         torch.cuda.set_sync_debug_mode("error")
         try:
             step = engine.scheduler.schedule()
@@ -69,11 +68,8 @@ def test_nothing_synchronises_between_planning_and_sampling(options, tiny_model)
             sampled = engine.runner.sample(launched) if step else None
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        finished = engine.scheduler.commit(sampled.result())
-        engine.finished.update((seq.seq_id, seq) for seq in finished)
-        if len(engine.finished) == len(PROMPTS):
-            break
-    assert len(engine.finished) == len(PROMPTS)
+        finished += engine.scheduler.commit(sampled.result())
+    assert len(finished) == len(PROMPTS)
 
 
 def test_the_process_stays_within_its_share(tiny_model):

@@ -13,7 +13,6 @@ from test_modes import assert_nothing_leaks, make_llm
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import model_runner
-from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner, SampledTokens
 
 PROMPTS = [[5, 6, 7], [9] * 20, [1], [3, 4] * 10]
@@ -313,10 +312,10 @@ def test_an_exception_keeps_what_is_finished_and_the_llm_usable(call, owner, nam
 
 
 def test_ctrl_c_between_steps_drops_the_calls_requests(llm, monkeypatch):
-    fail_at(monkeypatch, LLMEngine, "take_finished", 3, KeyboardInterrupt())
+    fail_at(monkeypatch, LLM, "_show", 3, KeyboardInterrupt())
     other = llm.add_request([8, 8], greedy(9))
     with pytest.raises(KeyboardInterrupt) as caught:
-        llm.generate(PROMPTS, greedy(30), use_tqdm=False)
+        llm.generate(PROMPTS, greedy(30))
     assert caught.value.outputs == [None] * 4
     results = {}
     while not llm.is_finished():

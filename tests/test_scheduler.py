@@ -20,8 +20,8 @@ def next_token(token_ids):
 
 def scheduled(step):
     """(sequence, start, number of tokens, is it a decode row, is it sampled) in the order of the launch."""
-    decodes = [(s, end - 1, 1, True, True) for s, end in zip(step.decodes, step.context_lens)]
-    return decodes + [(c.seq, c.start, c.num_tokens, False, c.is_sampled) for c in step.chunks]
+    batches = (True, step.decodes), (False, step.chunks)
+    return [(c.seq, c.start, c.num_tokens, is_decode, c.is_sampled) for is_decode, batch in batches for c in batch]
 
 
 class FakeDevice:
@@ -53,7 +53,8 @@ class FakeDevice:
 
     def sample(self, step, contexts):
         drawn = []
-        for seq, context in zip(step.sampled, contexts):
+        for chunk, context in zip(step.sampled, contexts):
+            seq = chunk.seq
             if not seq.is_finished:
                 assert context == seq.token_ids, "the history is known, and the KV is this sequence's"
                 self.last_token[seq.row] = next_token(context)
@@ -73,13 +74,13 @@ def check_invariants(scheduler):
 
 
 def run(sequences, scheduler, overlapped, aborts=()):
-    """The engine's loop on the fake device; `aborts` are (turn, seq_id)."""
+    """The engine's loop on the fake device; `aborts` are (turn, request_id)."""
     device = FakeDevice(scheduler.block_manager.block_size)
     for seq in sequences:
         scheduler.add(seq)
     in_flight, num_steps, budget = [], 0, scheduler.max_num_batched_tokens
     while scheduler.has_unfinished:
-        scheduler.abort({seq_id for turn, seq_id in aborts if turn == num_steps})
+        scheduler.abort({request_id for turn, request_id in aborts if turn == num_steps})
         if not scheduler.has_unfinished:
             break
         step = scheduler.schedule()
@@ -130,14 +131,14 @@ def test_random_workloads_read_only_their_own_kv_and_leak_nothing(
     for i, (num_shared, num_own, max_tokens, eos) in enumerate(requests):
         prompt = shared[:num_shared] + [(3 * j + num_own) % 23 for j in range(num_own)]
         params = SamplingParams(max_tokens=max_tokens)
-        sequences.append(Sequence(i, list(prompt), params, 0, max_tokens, frozenset({eos}), request_id=i))
+        sequences.append(Sequence(i, list(prompt), params, 0, max_tokens, frozenset({eos})))
         expected.append(completion_alone(prompt, max_tokens, eos))
     needed = max(-(-(len(s.token_ids) + s.max_tokens) // block_size) for s in sequences)
     manager = BlockManager(needed + 1 + spare_blocks, block_size, caching)
     run(sequences, Scheduler(manager, rows, budget), overlapped, aborts)
-    aborted = {seq_id for _, seq_id in aborts}
+    aborted = {request_id for _, request_id in aborts}
     for seq, completion in zip(sequences, expected):
-        if seq.seq_id in aborted and seq.finish_reason == "abort":
+        if seq.request_id in aborted and seq.finish_reason == "abort":
             assert seq.completion_token_ids == completion[: seq.num_completion_tokens]
         else:
             assert seq.completion_token_ids == completion
@@ -146,8 +147,7 @@ def test_random_workloads_read_only_their_own_kv_and_leak_nothing(
 def make_sequences(count, prompt_len, max_tokens):
     params = SamplingParams(max_tokens=max_tokens)
     return [
-        Sequence(i, [(i + j * (i + 1)) % 23 for j in range(prompt_len)], params, 0, max_tokens, request_id=i)
-        for i in range(count)
+        Sequence(i, [(i + j * (i + 1)) % 23 for j in range(prompt_len)], params, 0, max_tokens) for i in range(count)
     ]
 
 

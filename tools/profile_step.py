@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench import SHAPES
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.scheduler import Step
+from nanovllm.engine.scheduler import ScheduledChunk, Step
 from nanovllm.engine.sequence import Sequence
 
 REPEATS = 20
@@ -80,9 +80,8 @@ def decode_step(runner: Any, num_rows: int, context: int) -> Step:
     step.block_updates = [(row, i, next(blocks)) for row in range(1, num_rows + 1) for i in range(num_blocks)]
     for row in range(1, num_rows + 1):
         seq = Sequence(row, [0], SamplingParams(temperature=0.6), seed=row, max_tokens=1, row=row)
-        step.decodes.append(seq)
-        step.context_lens.append(context)
-    step.admitted = list(step.decodes)
+        step.admitted.append(seq)
+        step.decodes.append(ScheduledChunk(seq, context - 1, 1, is_sampled=True))
     return step
 
 

@@ -25,7 +25,7 @@ def adjust(logits: Tensor, sequences: list[Sequence], send: Send) -> Tensor:
     _keep_allowed(logits, asking, send)
     for i, seq in asking:
         for processor, takes_prompt in seq.processors:
-            prompt = [seq.token_ids[: seq.num_prompt_tokens]] if takes_prompt else []
+            prompt = [list(seq.token_ids[: seq.num_prompt_tokens])] if takes_prompt else []
             row = processor(*prompt, seq.completion_token_ids, logits[i])
             if not isinstance(row, Tensor) or row.shape != logits[i].shape:
                 shape = list(logits[i].shape)
@@ -37,9 +37,9 @@ def adjust(logits: Tensor, sequences: list[Sequence], send: Send) -> Tensor:
 def _penalize(logits: Tensor, penalized: Asking, send: Send) -> None:
     """Repetition (prompt and completion), presence and frequency (completion) penalties, on their rows in place."""
     vocab_size = logits.shape[1]
-    histories = [(i * vocab_size + seq.history, seq.num_prompt_tokens) for i, (_, seq) in enumerate(penalized)]
-    known = send(np.concatenate([places for places, _ in histories]))
-    drawn = send(np.concatenate([places[num_prompt:] for places, num_prompt in histories]))
+    places = [i * vocab_size + np.array(seq.token_ids, np.int32) for i, (_, seq) in enumerate(penalized)]
+    completions = [place[seq.num_prompt_tokens :] for place, (_, seq) in zip(places, penalized, strict=True)]
+    known, drawn = send(np.concatenate(places)), send(np.concatenate(completions))
     is_known = logits.new_zeros(len(penalized), vocab_size, dtype=torch.bool)
     is_known.view(-1)[known] = True
     counts = logits.new_zeros(is_known.shape)

@@ -60,7 +60,9 @@ class BlockManager:
             return False
         for _ in range(short):
             block, _none = self.free.popitem(last=False)
-            self._forget(block)
+            if key := self.keys[block]:
+                del self.cached[key]
+                self.keys[block] = None
             self.ref_counts[block] = 1
             seq.block_table.append(block)
         return True
@@ -98,9 +100,3 @@ class BlockManager:
 
     def _key(self, seq: Sequence, i: int, parent: int) -> PrefixKey:
         return parent, tuple(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])
-
-    def _forget(self, block: int) -> None:
-        key = self.keys[block]
-        if key is not None:
-            del self.cached[key]
-            self.keys[block] = None

@@ -10,9 +10,9 @@ When N+1 is sampled, N is committed, so that every sampled sequence's history is
 import atexit
 import gc
 import time
-from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -20,7 +20,7 @@ from nanovllm.config import Config
 from nanovllm.distributed import Group
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import ModelRunner, SampledTokens, find_model
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.workers import start_workers
 
@@ -28,18 +28,8 @@ from nanovllm.engine.workers import start_workers
 CPU_STEP_TOKENS = 1024
 
 
-class StepCounts(NamedTuple):
-    """Tokens computed by the step that a turn of the loop committed."""
-
-    num_prefill_tokens: int = 0
-    num_decode_tokens: int = 0
-
-    def plus(self, other: "StepCounts") -> "StepCounts":
-        return StepCounts(*(a + b for a, b in zip(self, other, strict=True)))
-
-
 class LLMEngine:
-    """Owns one model's scheduler and runner. Finished sequences wait in `finished` until they are taken."""
+    """Owns one model's scheduler and runner. A finished sequence is put into its outbox."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -57,40 +47,22 @@ class LLMEngine:
             raise
         self.max_model_len = self.runner.max_len
         gc.collect()  # or it would happen in the middle of the first call, and take 0.3 s of it
-        self.finished: dict[int, Sequence] = {}
         self.in_flight: SampledTokens | None = None
         self.is_stepping = False
         self.num_resets = 0
         self.scheduler = self._new_scheduler()
         atexit.register(self.close)
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether no sequence is unfinished. A step may still be in flight, for sequences that ended before it."""
-        return not self.scheduler.has_unfinished
-
     def add(self, seq: Sequence) -> None:
         self._runner()
         seq.arrival_time = time.time()
         self.scheduler.add(seq)
 
-    def abort(self, request_ids: set[int]) -> None:
-        """Drop these requests wherever they are; ids of none are passed over."""
-        self.scheduler.abort(request_ids)
-        self.take_finished(request_ids)
-
-    def take_finished(self, request_ids: Collection[int]) -> list[Sequence]:
-        """The finished sequences of these requests; they are no longer in `finished`."""
-        taken = [seq for seq in self.finished.values() if seq.request_id in request_ids]
-        for seq in taken:
-            del self.finished[seq.seq_id]
-        return taken
-
-    def step(self) -> StepCounts:
-        """One turn of the loop: plan and launch a step, commit the one before it.
+    def step(self) -> Step:
+        """One turn of the loop: plan and launch a step, commit the one before it; returns that one, or an empty one.
 
         On any exception, Ctrl-C included, every unfinished sequence is dropped and the engine is as new; what had
-        finished stays in `finished`.
+        finished is in its outbox.
         """
         runner = self._runner()
         if self.is_stepping:
@@ -101,12 +73,12 @@ class LLMEngine:
                 step = self.scheduler.schedule()
                 in_step = None if self.workers is None else self.workers.in_step
                 launched = runner.forward(step, in_step) if step else None
-                counts = self._commit()
+                committed = self._commit()
                 if launched is not None and self.scheduler.has_unfinished:
                     self.in_flight = runner.sample(launched)
                 if not self.config.async_scheduling:
-                    counts = self._commit()
-                return counts
+                    committed = self._commit()
+                return committed
         except BaseException:
             self._reset()
             raise
@@ -139,9 +111,8 @@ class LLMEngine:
             runner.close()
         if workers is not None:
             workers.close()
-        if runner is not None and runner.device.type == "cuda":
-            del runner
-            torch.cuda.empty_cache()
+        del runner
+        torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
     def _runner(self) -> ModelRunner:
         if self.runner is None:
@@ -156,15 +127,16 @@ class LLMEngine:
             budget = min(budget, CPU_STEP_TOKENS)
         return Scheduler(manager, config.max_num_seqs, budget)
 
-    def _commit(self) -> StepCounts:
+    def _commit(self) -> Step:
         sampled, self.in_flight = self.in_flight, None
         if sampled is None:
-            return StepCounts()
+            return Step()
         results = sampled.result()  # waits for them
         if self.workers is not None:
             self.workers.check()
-        self.finished.update((seq.seq_id, seq) for seq in self.scheduler.commit(results))
-        return StepCounts(sampled.step.num_prefill_tokens, sampled.step.num_decode_tokens)
+        for seq in self.scheduler.commit(results):
+            seq.outbox.append(seq)
+        return sampled.step
 
     def _reset(self) -> None:
         """Start over after an exception: a planned block may be in the prefix cache without its KV."""
@@ -176,12 +148,10 @@ class LLMEngine:
                 self.workers.check()
             self.scheduler = self._new_scheduler()
         except BaseException as error:
-            try:
+            with closing(self):
                 if self.workers is not None:
                     self.workers.blame(error)
-            finally:
-                self.close()
-            raise
+                raise
 
 
 def _on(device: torch.device) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, repeat
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from nanovllm.distributed import Group
 from nanovllm.engine.adjust import adjust
 from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_bytes, graph_sizes
 from nanovllm.engine.memory import CudaMemory, available_host_memory, check_weights_fit, gib
-from nanovllm.engine.packing import TOKEN_MULTIPLE, TRASH, DeviceTables, PackedStep, int32, pack_batch
+from nanovllm.engine.packing import TOKEN_MULTIPLE, TRASH, TRASH_ROW, DeviceTables, PackedStep, int32, pack_batch
 from nanovllm.engine.scheduler import ScheduledChunk, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.linear import Linear
@@ -43,24 +43,14 @@ InStep = Callable[[bytes], AbstractContextManager[None]]  # `Workers.in_step`
 Logprobs = tuple[Tensor, ...]  # see layers.sampler.logprobs; empty if nobody asks
 
 
-class PromptRead(NamedTuple):
-    """Hidden states `row` … of a step say how likely the tokens `start` … `end` - 1 of a prompt are."""
-
-    seq: Sequence
-    start: int
-    end: int
-    row: int
-
-
 class Launched(NamedTuple):
     """A step on its way to its logits, of its sampled sequences in order."""
 
     step: Step
-    prompt_reads: list[PromptRead]
     logits: Tensor  # [S, vocabulary]
     rows: Tensor  # [S] int32
     positions: Tensor  # [S] int32, of the tokens to be drawn
-    prompt_logprobs: list[Logprobs]  # of each read, on its way to the CPU
+    prompt_logprobs: list[Logprobs]  # of what the chunks read, in slices, on their way to the CPU
 
 
 @dataclass
@@ -70,7 +60,7 @@ class SampledTokens:
     step: Step
     token_ids: Tensor  # [S]
     logprobs: Logprobs  # of the sequences that ask
-    prompt_logprobs: list[tuple[PromptRead, Logprobs]]
+    prompt_logprobs: list[Logprobs]
     copied: torch.cuda.Event | None  # reached when all are on the CPU
 
     def result(self) -> list[tuple[Sequence, int, LogprobRow | None]]:
@@ -80,19 +70,15 @@ class SampledTokens:
         """
         if self.copied is not None:
             self.copied.synchronize()
-        for (seq, start, end, _), tensors in self.prompt_logprobs:
-            found = map(candidates, seq.token_ids[start:end], _rows(tensors), repeat(seq.text_of))
-            seq.prompt_logprobs[start:end] = found
+        prompt_rows = chain.from_iterable(map(_rows, self.prompt_logprobs))
+        for chunk in self.step.chunks:
+            seq, read = chunk.seq, chunk.read
+            num_top = seq.params.prompt_logprobs
+            found = [candidates(seq.token_ids[i], next(prompt_rows), num_top, seq.text_of) for i in read]
+            seq.prompt_logprobs[read.start : read.stop] = found
         rows = _rows(self.logprobs)
-        results: list[tuple[Sequence, int, LogprobRow | None]] = []
-        for seq, token_id in zip(self.step.sampled, self.token_ids.tolist(), strict=True):
-            row, num_top = None, seq.params.logprobs
-            if num_top is not None:
-                logprob, rank, values, ids = next(rows)
-                num_top = len(ids) if num_top == -1 else num_top
-                row = logprob, rank, values[:num_top], ids[:num_top]
-            results.append((seq, token_id, row))
-        return results
+        drawn = zip(self.step.sampled, self.token_ids.tolist(), strict=True)
+        return [(c.seq, token_id, None if c.seq.params.logprobs is None else next(rows)) for c, token_id in drawn]
 
 
 def _read_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
@@ -146,14 +132,13 @@ class ModelRunner:
 
     def forward(self, step: Step, in_step: InStep | None = None) -> Launched:
         """Launch a step up to its logits; return at once. `in_step`, if there are other ranks, sends it to them."""
-        reads = self._prompt_reads(step.chunks)
-        packed = self._pack(step, reads)
+        packed = self._pack(step)
         with in_step(packed.to_bytes()) if in_step else nullcontext():
-            return Launched(step, reads, *self.run(packed))
+            return Launched(step, *self.run(packed))
 
     @torch.inference_mode()
     def run(self, packed: PackedStep) -> tuple[Tensor, Tensor, Tensor, list[Logprobs]]:
-        """This rank's part of a step: what a `Launched` says beside the step and its reads. Logits mean something on rank 0.
+        """This rank's part of a step: what a `Launched` says beside the step. Logits mean something on rank 0.
 
         Decode rows are a batch, and replayed; chunks are another.
         """
@@ -180,8 +165,8 @@ class ModelRunner:
 
         A sequence that the predecessor finished is sampled for nothing: its token is passed over.
         """
-        step, reads, raw_logits, rows, positions, prompt_logprobs = launched
-        sequences = step.sampled
+        step, raw_logits, rows, positions, prompt_logprobs = launched
+        sequences = [chunk.seq for chunk in step.sampled]
         token_ids = torch.empty(0, dtype=torch.int32)
         asked: Logprobs = ()
         if sequences:
@@ -197,7 +182,7 @@ class ModelRunner:
         token_ids, copied = token_ids.to("cpu", non_blocking=True), None
         if self.device.type == "cuda":
             copied = torch.cuda.current_stream(self.device).record_event()
-        return SampledTokens(step, token_ids, asked, list(zip(reads, prompt_logprobs, strict=True)), copied)
+        return SampledTokens(step, token_ids, asked, prompt_logprobs, copied)
 
     def close(self) -> None:
         """Before the group is aborted. The memory is given back when the runner is gone."""
@@ -208,44 +193,33 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _pack(self, step: Step, reads: list[PromptRead]) -> PackedStep:
+    def _pack(self, step: Step) -> PackedStep:
         """What all ranks must know of a step, its batches with padding."""
         chunks, num_padding = step.chunks, -step.num_prefill_tokens % TOKEN_MULTIPLE
         if num_padding and self.compiles:
             chunks = [*chunks, ScheduledChunk(TRASH, 0, num_padding, is_sampled=False)]
-        lens = [chunk.num_tokens for chunk in chunks]
-        last_tokens = [end - 1 for end, chunk in zip(accumulate(lens), chunks, strict=True) if chunk.is_sampled]
-        positions = step.context_lens + [chunk.end for chunk in step.chunks if chunk.is_sampled]
-        num_rows = self.graphs.size_for(len(step.decodes))
-        num_padding = num_rows - len(step.decodes)
-        decodes, context_lens = step.decodes + [TRASH] * num_padding, step.context_lens + [1] * num_padding
+        ends = accumulate(chunk.num_tokens for chunk in chunks)
+        placed = list(zip(ends, chunks, strict=True))  # chunks, and where they end in their batch
+        last_tokens = [end - 1 for end, chunk in placed if chunk.is_sampled]
+        reads = []
+        for end, chunk in placed:
+            for i in chunk.read[:: self.head_rows]:  # the hidden state of the token before says how likely token i is
+                num_top = self._num_top([chunk.seq.params.prompt_logprobs])
+                reads.append((end - 1 - (chunk.end - i), min(self.head_rows, chunk.read.stop - i), num_top))
+        read_tokens = [chunk.seq.token_ids[i] for chunk in chunks for i in chunk.read]
+        num_padding = self.graphs.size_for(len(step.decodes)) - len(step.decodes)
+        sampled = step.sampled
         entry_rows, indices, blocks = int32(step.block_updates).reshape(-1, 3).T
         places = entry_rows * self.tables.block_tables.shape[1] + indices
         vocab_size = self.model_config.vocab_size
         sampling = [pack_sampling(seq.params, seq.seed, vocab_size) for seq in step.admitted]
-        read_rows = [(row, end - i, self._num_top([seq.params.prompt_logprobs])) for seq, i, end, row in reads]
-        read_tokens = [token_id for seq, start, end, _ in reads for token_id in seq.token_ids[start:end]]
         return PackedStep(
-            decodes=pack_batch(True, decodes, context_lens, [1] * num_rows, self.backend),
+            decodes=pack_batch(True, step.decodes + [TRASH_ROW] * num_padding, self.backend),
             updates=[places, blocks, int32([seq.row for seq in step.admitted]), int32(sampling)],
-            chunks=pack_batch(False, [c.seq for c in chunks], [c.end for c in chunks], lens, self.backend),
-            sampled=[int32([seq.row for seq in step.sampled]), int32(positions), int32(last_tokens)],
-            prompt_reads=[int32(read_rows).reshape(-1, 3), int32(read_tokens)],
+            chunks=pack_batch(False, chunks, self.backend),
+            sampled=[int32([c.seq.row for c in sampled]), int32([c.end for c in sampled]), int32(last_tokens)],
+            prompt_reads=[int32(reads).reshape(-1, 3), int32(read_tokens)],
         )
-
-    def _prompt_reads(self, chunks: list[ScheduledChunk]) -> list[PromptRead]:
-        """Slices of the prompts that ask for log-probabilities and have not read them before a preemption."""
-        reads = []
-        at = 0  # the chunk's first token in the batch
-        for chunk in chunks:
-            seq = chunk.seq
-            if seq.awaits_prompt_logprobs:  # the hidden state of each token says how likely the next one is
-                first = max(chunk.start + 1, len(seq.prompt_logprobs))
-                end = min(chunk.end + 1, seq.num_prompt_tokens)
-                for i in range(first, end, self.head_rows):
-                    reads.append(PromptRead(seq, i, min(i + self.head_rows, end), at + i - 1 - chunk.start))
-            at += chunk.num_tokens
-        return reads
 
     def _compute(self, is_decode: bool, arrays: list[INT], views: list[Tensor]) -> Tensor:
         """Hidden states [T, hidden] of a packed batch that arrived as `views`."""
@@ -350,23 +324,20 @@ class ModelRunner:
         longest = Sequence(0, [0] * max_len, SamplingParams(), seed=0, max_tokens=1)
         lens = [max_len] * (num_tokens // max_len) + [num_tokens % max_len]
         chunks = [ScheduledChunk(longest, 0, n, is_sampled=True) for n in lens[: self.config.max_num_seqs] if n]
-        num_rows = min(self.config.max_num_seqs, num_tokens)
-        demands = (
-            SamplingParams(),
-            SamplingParams(top_p=0.9),
-            SamplingParams(top_p=0.9, logprobs=0, presence_penalty=1.0),
-        )
-        for step in Step(chunks=chunks), Step(decodes=[longest] * num_rows, context_lens=[max_len] * num_rows):
+        rows = [ScheduledChunk(longest, max_len - 1, 1, is_sampled=True)] * min(self.config.max_num_seqs, num_tokens)
+        truncated = SamplingParams(top_p=0.9)
+        demands = SamplingParams(), truncated, replace(truncated, logprobs=0, presence_penalty=1.0)
+        for step in Step(chunks=chunks), Step(decodes=rows):
             launched = self.forward(step)
             for params in demands if self.group.rank == 0 else ():  # the others do not sample
-                seq = Sequence(0, [0], params, seed=0, max_tokens=1)
-                self.sample(launched._replace(step=Step(decodes=[seq] * len(launched.rows))))
+                row = ScheduledChunk(Sequence(0, [0], params, seed=0, max_tokens=1), 0, 1, is_sampled=True)
+                self.sample(launched._replace(step=Step(decodes=[row] * len(launched.rows))))
             del launched  # its logits are not there while the next step runs
             self.synchronize()
 
     def _start_trash_decode(self, size: int) -> Callable[[], Tensor]:
         """Send a decode step of trash rows to where every decode step's arrays are; returns what computes it."""
-        arrays = pack_batch(True, [TRASH] * size, [1] * size, [1] * size, self.backend)
+        arrays = pack_batch(True, [TRASH_ROW] * size, self.backend)
         (views,) = self.tables.upload(arrays)
         return torch.inference_mode()(lambda: self._compute(True, arrays, views))
 

@@ -12,12 +12,14 @@ from torch import Tensor
 from nanovllm.attention import AttentionBackend
 from nanovllm.batch import INT, Batch
 from nanovllm.config import Config
+from nanovllm.engine.scheduler import ScheduledChunk
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
 # Chunks are padded to a multiple of so many tokens where layers are compiled, which makes a variant for one token.
 TOKEN_MULTIPLE = 8
 TRASH = Sequence(0, [0] * TOKEN_MULTIPLE, SamplingParams(), seed=0, max_tokens=1)  # padding, in row 0 and block 0
+TRASH_ROW = ScheduledChunk(TRASH, 0, 1, is_sampled=False)
 
 
 class PackedStep(NamedTuple):
@@ -42,24 +44,19 @@ class PackedStep(NamedTuple):
         return cls(*([np.frombuffer(data, np.int32).reshape(shape) for shape, data in g] for g in groups))
 
 
-def pack_batch(
-    is_decode: bool,
-    sequences: list[Sequence],
-    context_lens: list[int],
-    query_lens: list[int],
-    backend: AttentionBackend,
-) -> list[INT]:
+def pack_batch(is_decode: bool, chunks: list[ScheduledChunk], backend: AttentionBackend) -> list[INT]:
     """The arrays of a batch: rows, context_lens and query_lens [B]; the row, the position and the id of each token [T],
-    but no ids of decode rows, which the device has; and the attention plan. Nothing of no sequences."""
-    if not sequences:
+    but no ids of decode rows, which the device has; and the attention plan. Nothing of no chunks."""
+    if not chunks:
         return []
-    rows, ends, lens = int32([seq.row for seq in sequences]), int32(context_lens), int32(query_lens)
+    rows = int32([chunk.seq.row for chunk in chunks])
+    lens = int32([chunk.num_tokens for chunk in chunks])
+    ends = int32([chunk.start for chunk in chunks]) + lens
     token_rows = np.repeat(rows, lens)
     positions = np.arange(len(token_rows)) + np.repeat(ends - lens.cumsum(), lens)
     input_ids: list[int] = []
-    if not is_decode:
-        for seq, end, num_tokens in zip(sequences, context_lens, query_lens, strict=True):
-            input_ids += seq.token_ids[end - num_tokens : end]
+    for chunk in chunks if not is_decode else ():
+        input_ids += chunk.seq.token_ids[chunk.start : chunk.end]
     return [rows, ends, lens, token_rows, int32(positions), int32(input_ids), *backend.plan(is_decode, lens, ends)]
 
 

@@ -8,20 +8,21 @@ Planning needs counts only, so step N+1 is planned while the tokens of step N ar
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import LogprobRow
 
 
-class ScheduledChunk(NamedTuple):
-    """Tokens of a prompt that a step computes: positions start … start+num_tokens-1."""
+@dataclass(slots=True)
+class ScheduledChunk:
+    """Tokens of a sequence that a step computes: positions start … start+num_tokens-1."""
 
     seq: Sequence
     start: int
     num_tokens: int
     is_sampled: bool  # it reaches the sequence's end, so that a new token is drawn
+    read: range = range(0)  # the prompt's tokens whose log-probabilities it gives, each from the token before
 
     @property
     def end(self) -> int:
@@ -35,16 +36,15 @@ class Step:
     Beside them, what the device must learn: the sequences new to their rows, and the block-table entries new to it.
     """
 
-    decodes: list[Sequence] = field(default_factory=list)
-    context_lens: list[int] = field(default_factory=list)  # of the decodes, this step's token included
+    decodes: list[ScheduledChunk] = field(default_factory=list)
     chunks: list[ScheduledChunk] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     block_updates: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index in its table, block)
 
     @property
-    def sampled(self) -> list[Sequence]:
-        """The sequences for which a token is drawn, in the order of their logits."""
-        return self.decodes + [chunk.seq for chunk in self.chunks if chunk.is_sampled]
+    def sampled(self) -> list[ScheduledChunk]:
+        """Those after which a token is drawn, in the order of their logits."""
+        return self.decodes + [chunk for chunk in self.chunks if chunk.is_sampled]
 
     @property
     def num_decode_tokens(self) -> int:
@@ -126,13 +126,7 @@ class Scheduler:
             end = seq.num_computed_tokens + num_tokens
             if end > len(seq.block_table) * block_size and not self._extend(step, seq, end):
                 break
-            if seq.num_computed_tokens >= seq.num_prefill_tokens:
-                step.decodes.append(seq)
-                step.context_lens.append(end)
-                seq.num_computed_tokens = end
-                seq.num_pending += 1
-            else:
-                self._plan_chunk(step, seq, num_tokens)
+            self._plan(step, seq, num_tokens)
             budget -= num_tokens
         return budget
 
@@ -177,15 +171,21 @@ class Scheduler:
             extended = manager.extend(seq, num_cached + num_tokens)
             assert extended, "the pool holds less than one sequence"
             step.block_updates += [(seq.row, i, block) for i, block in enumerate(seq.block_table)]
-            self._plan_chunk(step, seq, num_tokens)
+            self._plan(step, seq, num_tokens)
             budget -= num_tokens
 
-    def _plan_chunk(self, step: Step, seq: Sequence, num_tokens: int) -> None:
+    def _plan(self, step: Step, seq: Sequence, num_tokens: int) -> None:
         start = seq.num_computed_tokens
         seq.num_computed_tokens += num_tokens
         is_sampled = seq.num_computed_tokens == seq.num_tokens
-        step.chunks.append(ScheduledChunk(seq, start, num_tokens, is_sampled))
-        self.block_manager.register(seq)
+        chunk = ScheduledChunk(seq, start, num_tokens, is_sampled)
+        if start < seq.num_prefill_tokens:
+            if seq.awaits_prompt_logprobs:
+                chunk.read = range(start + 1, min(chunk.end + 1, seq.num_prompt_tokens))
+            step.chunks.append(chunk)
+            self.block_manager.register(seq)
+        else:
+            step.decodes.append(chunk)
         seq.num_pending += is_sampled
 
     def _preempt(self, seq: Sequence) -> None:

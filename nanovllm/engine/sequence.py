@@ -1,10 +1,8 @@
 """Sequence: one completion as the scheduler sees it. It knows token ids and counts, and no tensors."""
 
 import inspect
-from array import array
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,15 +25,14 @@ class Sequence:
     it runs, and 0 while it waits.
     """
 
-    seq_id: int
-    token_ids: list[int]
+    request_id: int
+    token_ids: MutableSequence[int]  # prompt and completion; an array of C's integers becomes NumPy's at once
     params: SamplingParams
     seed: int
     max_tokens: int  # params.max_tokens, or less where max_model_len comes first
     eos_token_ids: frozenset[int] = frozenset()
     prompt: str | None = None
-    request_id: int = 0
-    is_polled: bool = False  # `LLM.step` hands it out
+    outbox: MutableSequence["Sequence"] = field(default_factory=list)  # where it is put when it is finished
     detokenizer: Detokenizer | None = None  # where the text matters before the end
     text_of: Callable[[int], str] = str  # a token's, for log-probabilities
 
@@ -59,7 +56,6 @@ class Sequence:
     arrival_time: float = 0.0  # these three in seconds since the epoch
     first_token_time: float = 0.0
     finished_time: float = 0.0
-    _history: "array[int]" = field(default_factory=partial(array, "i"))
 
     def __post_init__(self) -> None:
         p = self.params
@@ -87,13 +83,7 @@ class Sequence:
 
     @property
     def completion_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
-
-    @property
-    def history(self) -> NDArray[np.int32]:
-        """Prompt and completion, kept as an array so that a step does not convert them anew."""
-        self._history.extend(self.token_ids[len(self._history) :])
-        return np.array(self._history, np.int32)
+        return list(self.token_ids[self.num_prompt_tokens :])
 
     @property
     def is_finished(self) -> bool:
@@ -121,23 +111,21 @@ class Sequence:
         self.token_ids.append(token_id)
         self.num_pending -= 1
         if logprobs is not None:
-            self.logprobs.append(candidates(token_id, logprobs, self.text_of))
+            self.logprobs.append(candidates(token_id, logprobs, self.params.logprobs, self.text_of))
             self.cumulative_logprob += logprobs[0]
         num_tokens = self.num_completion_tokens
         if num_tokens == 1:
             self.first_token_time = now
         may_stop = num_tokens > self.params.min_tokens
+        stop = None if self.detokenizer is None else self.detokenizer.append(token_id, may_stop)
         if may_stop and token_id in self.eos_token_ids and not self.params.ignore_eos:
             self.finish_reason = "stop"
         elif may_stop and token_id in self.stop_token_ids:
             self.finish_reason, self.stop_reason = "stop", token_id
-        else:
-            if num_tokens >= self.max_tokens:
-                self.finish_reason = "length"
-            if self.detokenizer is not None:
-                stop = self.detokenizer.append(token_id, may_stop)
-                if stop is not None:
-                    self.finish_reason, self.stop_reason = "stop", stop
+        elif stop is not None:
+            self.finish_reason, self.stop_reason = "stop", stop
+        elif num_tokens >= self.max_tokens:
+            self.finish_reason = "length"
         if self.finish_reason is not None:
             self.finished_time = now
 
