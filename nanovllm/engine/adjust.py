@@ -37,11 +37,11 @@ def adjust(logits: Tensor, sequences: list[Sequence], send: Send) -> Tensor:
 def _penalize(logits: Tensor, penalized: Asking, send: Send) -> None:
     """Repetition (prompt and completion), presence and frequency (completion) penalties, on their rows in place."""
     vocab_size = logits.shape[1]
-    places = [i * vocab_size + np.array(seq.token_ids, np.int32) for i, (_, seq) in enumerate(penalized)]
+    places = [i * vocab_size + np.array(seq.token_ids, np.int64) for i, (_, seq) in enumerate(penalized)]
     completions = [place[seq.num_prompt_tokens :] for place, (_, seq) in zip(places, penalized, strict=True)]
     known, drawn = send(np.concatenate(places)), send(np.concatenate(completions))
     is_known = logits.new_zeros(len(penalized), vocab_size, dtype=torch.bool)
-    is_known.view(-1)[known] = True
+    is_known.view(-1).index_fill_(0, known, True)
     counts = logits.new_zeros(is_known.shape)
     counts.view(-1).index_add_(0, drawn, counts.new_ones(len(drawn)))
     params = (seq.params for _, seq in penalized)

@@ -52,13 +52,17 @@ def attention_kernel(
     d = tl.arange(0, DP)
     token = m // G
     head = h * G + m % G
-    for i in range(tl.load(bounds + work), tl.load(bounds + work + 1)):
+    first, last = work, work + 1  # known to be one item where it is a chunk's: there is no loop then
+    if IS_DECODE:
+        first, last = tl.load(bounds + work), tl.load(bounds + work + 1)
+    for i in range(first, last):
         item = items + i * 8
         b = tl.load(item)
-        row = (tl.load(item + 1) + token).to(tl.int64)
+        first_token = tl.load(item + 1)
+        row = (first_token + token).to(tl.int64)
         live = token < tl.load(item + 2)
         first_position = tl.load(item + 3)
-        start = tl.load(item + 4)
+        start = tl.multiple_of(tl.load(item + 4), N) if IS_DECODE else 0
         end = tl.load(item + 5)
         num_parts = tl.load(item + 7) if IS_DECODE else 1
         table = block_tables + tl.load(rows + b).to(tl.int64) * table_stride
@@ -93,18 +97,20 @@ def attention_kernel(
             arrival = arrivals + b * H_KV + h
             if tl.atomic_add(arrival, 1, sem="acq_rel") == num_parts - 1:
                 tl.store(arrival, 0)
-                first_part = tl.load(item + 6)
-                acc = merge_parts(partial_out, partial_lse, first_part, num_parts, head, live, H_KV, G, D, DP, M)
-                tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+                first_part = tl.load(item + 6).to(tl.int64)
+                merge_parts(partial_out, partial_lse, out_ptr, first_token, first_part, num_parts, h, H_KV, G, D, DP, M)
 
 
 @triton.jit
 def merge_parts(
-    partial_out, partial_lse, first_part, num_parts, head, live,
+    partial_out, partial_lse, out_ptr, row, first_part, num_parts, h,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the parts of a row, each weighted with the share of the softmax that it saw."""
+    """Add up the parts of a row, each weighted with the share of the softmax that it saw."""
+    g = tl.arange(0, M)
     d = tl.arange(0, DP)
+    live = g < G
+    head = h * G + g
     mask = live[:, None] & (d < D)[None, :]
     acc = tl.zeros([M, DP], tl.float32)
     row_max = tl.full([M], float("-inf"), tl.float32)
@@ -118,4 +124,6 @@ def merge_parts(
         acc = acc * shrink[:, None] + partial * weight[:, None]
         row_sum = row_sum * shrink + weight
         row_max = new_max
-    return acc / row_sum[:, None]
+    acc = acc / row_sum[:, None]
+    out = out_ptr + (row.to(tl.int64) * (H_KV * G) + head)[:, None] * D + d[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
