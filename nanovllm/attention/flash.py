@@ -1,8 +1,10 @@
 """The flash-attn backend: the package's kernels (FlashAttention-2, Dao, arXiv 2307.08691) on the paged cache."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
-from flash_attn import flash_attn_varlen_func
+from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
@@ -10,6 +12,14 @@ from nanovllm.batch import INT, Batch
 from nanovllm.config import ModelConfig
 from nanovllm.kernels import MAX_HEAD_DIM
 from nanovllm.kernels.rotary_store import norm_rotate_store
+
+
+class SequenceTables(NamedTuple):
+    """What flash-attn asks for, the same in every layer."""
+
+    block_tables: Tensor  # [B, blocks of the longest sequence] int32, the batch's own
+    max_query_len: int
+    max_context_len: int
 
 
 class FlashAttention(AttentionBackend):
@@ -34,15 +44,26 @@ class FlashAttention(AttentionBackend):
             )
 
     def plan(self, is_decode: bool, query_lens: INT, context_lens: INT) -> list[INT]:
-        """Where each sequence begins in the queries and in the keys, and where the last one ends."""
+        """For chunks, where each begins in the queries and in the keys, and where the last one ends."""
+        if is_decode:
+            return []
         return [np.concatenate(([0], lens.cumsum())).astype(np.int32) for lens in (query_lens, context_lens)]
 
-    def prepare(self, batch: Batch) -> tuple[Tensor, int]:
-        """The block tables of the batch's sequences, and the most tokens that one of them has."""
-        return batch.block_tables.index_select(0, batch.rows), int(batch.query_lens.max())
+    def prepare(self, batch: Batch) -> SequenceTables:
+        tables = batch.block_tables.index_select(0, batch.rows)
+        return SequenceTables(tables, int(batch.query_lens.max()), int(batch.cpu_context_lens.max()))
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
-        block_tables, max_query_len = batch.attention
+        shared: SequenceTables = batch.attention
+        if batch.is_decode:
+            return flash_attn_with_kvcache(
+                q.unsqueeze(1),
+                k_cache,
+                v_cache,
+                cache_seqlens=batch.context_lens,
+                block_table=shared.block_tables,
+                causal=True,
+            ).squeeze(1)
         query_starts, key_starts = batch.plan
         return flash_attn_varlen_func(
             q,
@@ -50,8 +71,8 @@ class FlashAttention(AttentionBackend):
             v_cache,
             cu_seqlens_q=query_starts,
             cu_seqlens_k=key_starts,
-            max_seqlen_q=max_query_len,
-            max_seqlen_k=block_tables.shape[1] * batch.block_size,
-            block_table=block_tables,
+            max_seqlen_q=shared.max_query_len,
+            max_seqlen_k=shared.max_context_len,
+            block_table=shared.block_tables,
             causal=True,
         )
