@@ -87,13 +87,9 @@ class Group:
 
     def least(self, value: int) -> int:
         """The least of all ranks' values; waits for them."""
-        if not self.is_connected:
-            return value
-        options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
-        least = torch.tensor([value], device=self.device)
-        self.backend.allreduce([least], options).wait()
-        return int(least.item())
+        least = self.gather(torch.tensor([[value]], device=self.device)).min()  # on rank 0
+        self.broadcast(least)
+        return int(least)
 
     def abort(self) -> None:
         """End kernels that wait for a rank which will not come. gloo sees by itself that a connection is closed."""

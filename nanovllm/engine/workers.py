@@ -101,11 +101,10 @@ class Workers:
         if self.processes:
             self.has_failed.set()  # that they are gone is no news
             for process in self.processes:
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE_SECONDS)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+                process.kill()  # does nothing to one that has ended
+                process.wait()
         self.group.close()
 
     def _connect(self, store: dist.Store) -> None:
@@ -204,11 +203,10 @@ def _join_torchrun(size: int) -> Workers:
     host, key = os.environ["MASTER_ADDR"], secrets.token_bytes(16)
     with Listener((host, 0), authkey=key) as listener:
         store.set("nanovllm address", pickle.dumps((host, listener.address[1], key)))
-        accepted = [listener.accept() for _ in range(size - 1)]
-    for connection in accepted:
+        connections = sorted([listener.accept() for _ in range(size - 1)], key=Connection.recv)  # by rank
+    for connection in connections:
         send_at_once(connection)
-    connections = {connection.recv(): connection for connection in accepted}
-    return Workers(store, [connections[rank] for rank in range(1, size)], [])
+    return Workers(store, connections, [])
 
 
 def send_at_once(connection: Connection) -> None:
