@@ -117,12 +117,11 @@ class Sequence:
         if num_tokens == 1:
             self.first_token_time = now
         may_stop = num_tokens > self.params.min_tokens
-        stop = None if self.detokenizer is None else self.detokenizer.append(token_id, may_stop)
         if may_stop and token_id in self.eos_token_ids and not self.params.ignore_eos:
             self.finish_reason = "stop"
         elif may_stop and token_id in self.stop_token_ids:
             self.finish_reason, self.stop_reason = "stop", token_id
-        elif stop is not None:
+        elif self.detokenizer is not None and (stop := self.detokenizer.append(token_id, may_stop)) is not None:
             self.finish_reason, self.stop_reason = "stop", stop
         elif num_tokens >= self.max_tokens:
             self.finish_reason = "length"
