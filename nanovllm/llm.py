@@ -68,7 +68,8 @@ class LLM:
         def collect(request_ids: Iterable[int]) -> None:
             """Make the outputs of those requests that are done."""
             for request_id in request_ids:
-                if request_id not in outputs and all(seq.is_finished for seq in requests[request_id]):
+                reasons = {seq.finish_reason for seq in requests[request_id]}
+                if request_id not in outputs and not reasons & {None, "abort"}:
                     outputs[request_id] = self._make_output(requests[request_id])
 
         try:

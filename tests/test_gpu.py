@@ -59,8 +59,8 @@ def test_nothing_synchronises_between_planning_and_sampling(options, tiny_model)
         *(replace(p, logits_processors=None) for p in PARAMS[1:]),  # what users write may wait
     ]
     llm.generate(PROMPTS, params, use_tqdm=False)  # lazy initialisation may wait
-    llm._start(llm._make_requests(PROMPTS, params), [])
     engine, finished = llm.engine, []
+    llm._start(llm._make_requests(PROMPTS, params), finished)
     while engine.scheduler.has_unfinished:
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -69,7 +69,7 @@ def test_nothing_synchronises_between_planning_and_sampling(options, tiny_model)
             sampled = engine.runner.sample(launched) if step else None
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        finished += engine.scheduler.commit(sampled.result())
+        engine.scheduler.commit(sampled.result())
     assert len(finished) == len(PROMPTS)
 
 

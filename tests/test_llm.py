@@ -14,6 +14,7 @@ from test_modes import assert_nothing_leaks, make_llm
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import model_runner
 from nanovllm.engine.model_runner import ModelRunner, SampledTokens
+from nanovllm.engine.sequence import Sequence
 
 PROMPTS = [[5, 6, 7], [9] * 20, [1], [3, 4] * 10]
 
@@ -309,6 +310,34 @@ def test_an_exception_keeps_what_is_finished_and_the_llm_usable(call, owner, nam
     assert other not in dict(llm.step()[0]), "everything unfinished is dropped"
     again = llm.generate(PROMPTS, params, use_tqdm=False)
     assert [o["token_ids"] for o in again] == expected
+
+
+def test_ctrl_c_while_tokens_come_in_loses_no_finished_result(llm, monkeypatch):
+    ids = [llm.add_request(prompt, greedy(2)) for prompt in PROMPTS[:2]]
+    fail_at(monkeypatch, Sequence, "append", 4, KeyboardInterrupt())  # when the first has its two tokens
+    assert [llm.step()[0], llm.step()[0]] == [[], []]
+    with pytest.raises(KeyboardInterrupt):
+        llm.step()
+    (result,), _ = llm.step()
+    assert result[0] == ids[0]
+    assert llm.is_finished()
+    assert_nothing_leaks(llm)
+
+
+def test_a_request_that_a_processor_aborts_is_not_returned(llm):
+    """One of its samples has finished in the same step."""
+
+    def abort(token_ids, logits):
+        running = [seq for seq in llm.engine.scheduler.running if seq.params.n == 2]
+        if len(running) == 1:
+            llm.abort(running[0].request_id)
+        return logits
+
+    several = SamplingParams(max_tokens=40, n=2, seed=3, stop_token_ids=list(range(0, 128, 6)))
+    aborting = greedy(40, logits_processors=[abort])
+    outputs = llm.generate([[1, 2], [3]], [several, aborting], use_tqdm=False)
+    assert [len(output.outputs) for output in outputs] == [1]
+    assert_nothing_leaks(llm)
 
 
 def test_ctrl_c_between_steps_drops_the_calls_requests(llm, monkeypatch):

@@ -5,7 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine import llm_engine
 from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
+from nanovllm.engine.model_runner import ModelRunner
 
 MODES = {
     "synchronous": {"async_scheduling": False},
@@ -118,6 +120,24 @@ def test_triton_in_the_interpreter_gives_the_same_tokens(tiny_model, expected, d
     params = [PARAMS[i] for i in chosen]
     outputs = llm.generate([PROMPTS[i] for i in chosen], params, use_tqdm=False)
     assert [o["token_ids"] for o in outputs] == [expected[i][0] for i in chosen]
+
+
+def test_the_numbers_of_the_largest_step_fit(tiny_model, device, monkeypatch):
+    """One head's group fills a tile with one token, and each token's log-probability is a read of its own."""
+    pytest.importorskip("triton", reason="needs triton")
+    if device != "cpu":
+        pytest.skip("without a GPU")
+
+    def compute(*args):
+        raise NotImplementedError("the step has been sent")
+
+    monkeypatch.setattr(llm_engine, "CPU_STEP_TOKENS", 10**6)
+    monkeypatch.setattr(ModelRunner, "_compute", compute)
+    folder = tiny_model(num_attention_heads=64, num_key_value_heads=1, max_position_embeddings=33000)
+    sizes = {"max_num_batched_tokens": 32000, "max_model_len": 32010, "max_num_seqs": 1, "num_kvcache_blocks": 600}
+    llm = make_llm(folder, attention_backend="triton", kvcache_block_size=64, **sizes)
+    with pytest.raises(NotImplementedError, match="has been sent"):
+        llm.generate([[1] * 32000], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
 
 
 class RepeatedSteps(DecodeGraphs):

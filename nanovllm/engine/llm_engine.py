@@ -29,7 +29,7 @@ CPU_STEP_TOKENS = 1024
 
 
 class LLMEngine:
-    """Owns one model's scheduler and runner. A finished sequence is put into its outbox."""
+    """Owns one model's scheduler and runner."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -134,8 +134,7 @@ class LLMEngine:
         results = sampled.result()  # waits for them
         if self.workers is not None:
             self.workers.check()
-        for seq in self.scheduler.commit(results):
-            seq.outbox.append(seq)
+        self.scheduler.commit(results)
         return sampled.step
 
     def _reset(self) -> None:

@@ -65,8 +65,9 @@ class DeviceTables:
 
     def __init__(self, config: Config, max_len: int, block_size: int, device: torch.device):
         num_rows, blocks_per_row = config.max_num_seqs + 1, -(-max_len // block_size)
-        # A row has 16 numbers and its attention plan, a token 3 and at most 9 of its plan, a new block-table entry 2.
-        capacity = num_rows * (40 + 2 * blocks_per_row) + config.max_num_batched_tokens * 12 + 65536
+        # A row has 16 numbers and its attention plan, a new block-table entry 2; a token 3, at most 9 of its plan, and 4 if
+        # its log-probability is read, one at a time at worst.
+        capacity = num_rows * (40 + 2 * blocks_per_row) + config.max_num_batched_tokens * 16 + 65536
         zeros = partial(torch.zeros, dtype=torch.int32, device=device)
         self.block_size = block_size
         self.block_tables = zeros(num_rows, blocks_per_row)

@@ -93,12 +93,11 @@ class Scheduler:
             self._schedule_waiting(step, budget)
         return step if step.decodes or step.chunks else None
 
-    def commit(self, sampled: list[tuple[Sequence, int, LogprobRow | None]]) -> list[Sequence]:
-        """Take the tokens that a step drew, with their log-probabilities; return the sequences that finished.
+    def commit(self, sampled: list[tuple[Sequence, int, LogprobRow | None]]) -> None:
+        """Take the tokens that a step drew, with their log-probabilities; what that finishes is put into its outbox.
 
         A sequence that was finished before (aborted) is passed over.
         """
-        finished: list[Sequence] = []
         block_size, now = self.block_manager.block_size, time.time()
         for seq, token_id, logprobs in sampled:
             if seq.is_finished:
@@ -107,12 +106,11 @@ class Scheduler:
             if seq.row and seq.num_computed_tokens >= (len(seq.prefix_ids) + 1) * block_size:
                 self.block_manager.register(seq)
             if seq.is_finished:
-                finished.append(seq)
+                seq.outbox.append(seq)
                 if seq.row:
                     self._leave_row(seq)
                 else:  # preempted while this token was on its way
                     self.waiting.remove(seq)
-        return finished
 
     def _schedule_running(self, step: Step, budget: int) -> int:
         """Plan for the running sequences, oldest first, preempting the newest ones where blocks run out; what is left."""
