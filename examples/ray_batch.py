@@ -1,7 +1,7 @@
 """Answer a dataset with a pool of engines, on one machine or on a Ray cluster; an engine that dies is started again.
 
 python examples/ray_batch.py --input prompts.jsonl --output answers
-python examples/ray_batch.py --input prompts --output answers --model Qwen/Qwen3-32B --tensor-parallel-size 4
+python examples/ray_batch.py --input prompts --output answers --model Qwen/Qwen3-32B --tensor-parallel-size 4 --chat
 
 The input is a JSONL or Parquet file, or a folder of files of one kind. The output is a folder of files of that kind, one
 for each batch, in no order; on a cluster both must be where every machine sees them. A row keeps what it has and gets
@@ -130,15 +130,19 @@ class Answerer:
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = list(rows_of(table))
         params = [replace(self.params, seed=to_number(f"{self.args.seed} {row['row_id']}")) for row in rows]
-        answers = self.answer([row[self.args.prompt_column] for row in rows], params)
+        prompts = [row[self.args.prompt_column] for row in rows]
+        if self.args.chat:
+            prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        answers = self.answer(prompts, params)
         for name, *values in zip((self.args.answer_column, "finish_reason", "error"), *answers, strict=True):
             table = table.append_column(name, pa.array(values, pa.string()))
         return table
 
-    def answer(self, prompts: list[str], params: list[SamplingParams]) -> list[tuple[str | None, ...]]:
+    def answer(self, prompts: list[Any], params: list[SamplingParams]) -> list[tuple[str | None, ...]]:
         """Text, finish reason and error of each. Halves are tried apart until what cannot be run is alone."""
+        complete = self.llm.chat if self.args.chat else self.llm.generate
         try:
-            outputs = self.llm.generate(prompts, params, use_tqdm=False)
+            outputs = complete(prompts, params, use_tqdm=False)
         except (TypeError, ValueError) as error:
             if len(prompts) == 1:
                 return [(None, None, str(error))]
@@ -174,6 +178,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another one draws other answers (default: 0)")
     parser.add_argument("--prompt-column", default="prompt", help="(default: %(default)s)")
+    parser.add_argument(
+        "--chat", action="store_true", help="each prompt is what a user says; the model's template is used"
+    )
     parser.add_argument("--answer-column", default="answer", help="(default: %(default)s)")
     parser.add_argument("--llm-options", type=json.loads, default={}, help='more options of LLM: {"dtype": "float32"}')
     args = parser.parse_args(argv)

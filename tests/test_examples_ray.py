@@ -41,7 +41,7 @@ def text_model(tiny_model, tmp_path_factory, demo_model):
     """A random model with the demo model's tokenizer, in float32, whose tokens do not depend on the batch."""
     folder = tmp_path_factory.mktemp("text") / "model"
     shutil.copytree(tiny_model("llama", vocab_size=49152), folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(demo_model / name, folder)
     return folder
 
@@ -200,7 +200,7 @@ def test_an_answer_depends_on_its_row_alone(ray_batch, text_model, tmp_path):
     assert table["row_id"].to_pylist() == [f"part/in.jsonl:{i}" for i in range(9)]
 
     def answer(seed, *tables):
-        args = Namespace(model=text_model, prompt_column="prompt", answer_column="said", seed=seed)
+        args = Namespace(model=text_model, prompt_column="prompt", answer_column="said", seed=seed, chat=False)
         answerer = ray_batch.Answerer(args, SamplingParams(temperature=0.8, max_tokens=5), {"use_tqdm": False})
         return [row for table in tables for row in ray_batch.rows_of(answerer(table))]
 
@@ -214,6 +214,20 @@ def test_an_answer_depends_on_its_row_alone(ray_batch, text_model, tmp_path):
     assert "301 tokens" in together[4]["error"]
     others = answer(1, table)
     assert all(row["said"] != other["said"] for row, other in zip(together, others) if row["said"] is not None)
+
+
+def test_a_prompt_may_be_what_a_user_says(ray_batch, text_model, tmp_path):
+    prompts = ["Hello", "What is the capital of France?"]
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": prompt} for prompt in prompts])
+    (table,) = ray_batch.read_rows(file, tmp_path, "prompt", [])
+    args = Namespace(model=text_model, prompt_column="prompt", answer_column="said", seed=0, chat=True)
+    params = SamplingParams(temperature=0, max_tokens=5)
+    answered = ray_batch.rows_of(ray_batch.Answerer(args, params, {"use_tqdm": False})(table))
+    with LLM(text_model, use_tqdm=False) as llm:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        expected = [output["text"] for output in llm.chat(chats, params, use_tqdm=False)]
+        assert expected != [output["text"] for output in llm.generate(prompts, params, use_tqdm=False)]
+    assert [(row["prompt"], row["said"]) for row in answered] == list(zip(prompts, expected))
 
 
 # runs
