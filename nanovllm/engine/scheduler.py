@@ -179,7 +179,8 @@ class Scheduler:
         chunk = ScheduledChunk(seq, start, num_tokens, is_sampled)
         if start < seq.num_prefill_tokens:
             if seq.awaits_prompt_logprobs:
-                chunk.read = range(start + 1, min(chunk.end + 1, seq.num_prompt_tokens))
+                first = max(start + 1, len(seq.prompt_logprobs))  # what was read before a preemption is not read again
+                chunk.read = range(first, min(chunk.end + 1, seq.num_prompt_tokens))
             step.chunks.append(chunk)
             self.block_manager.register(seq)
         else:
