@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 import ray
 from ray.data.datasource import BlockBasedFileDatasink
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.config import Config
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "models" / "SmolLM2-135M-Instruct"
@@ -130,25 +130,27 @@ class Answerer:
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = list(rows_of(table))
         params = [replace(self.params, seed=to_number(f"{self.args.seed} {row['row_id']}")) for row in rows]
-        prompts = [row[self.args.prompt_column] for row in rows]
-        if self.args.chat:
-            prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        answers = self.answer(prompts, params)
+        answers = self.answer([row[self.args.prompt_column] for row in rows], params)
         for name, *values in zip((self.args.answer_column, "finish_reason", "error"), *answers, strict=True):
             table = table.append_column(name, pa.array(values, pa.string()))
         return table
 
-    def answer(self, prompts: list[Any], params: list[SamplingParams]) -> list[tuple[str | None, ...]]:
+    def answer(self, prompts: list[str], params: list[SamplingParams]) -> list[tuple[str | None, ...]]:
         """Text, finish reason and error of each. Halves are tried apart until what cannot be run is alone."""
-        complete = self.llm.chat if self.args.chat else self.llm.generate
         try:
-            outputs = complete(prompts, params, use_tqdm=False)
+            outputs = self.complete(prompts, params)
         except (TypeError, ValueError) as error:
             if len(prompts) == 1:
                 return [(None, None, str(error))]
             half = len(prompts) // 2
             return self.answer(prompts[:half], params[:half]) + self.answer(prompts[half:], params[half:])
         return [(output["text"], output["finish_reason"], None) for output in outputs]
+
+    def complete(self, prompts: list[str], params: list[SamplingParams]) -> list[RequestOutput]:
+        if not self.args.chat:
+            return self.llm.generate(prompts, params, use_tqdm=False)
+        conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return self.llm.chat(conversations, params, use_tqdm=False)
 
 
 class JsonLines(BlockBasedFileDatasink):
