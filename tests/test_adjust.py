@@ -6,7 +6,7 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from nanovllm import SamplingParams
-from nanovllm.engine.adjust import PENALIZED_AT_ONCE, adjust
+from nanovllm.engine.adjust import adjust
 from nanovllm.engine.sequence import Sequence
 
 VOCAB_SIZE = 50
@@ -64,12 +64,14 @@ def test_penalties_follow_the_history_as_it_grows(logits):
         seq.append(token_id, None, 0.0)
 
 
-def test_more_rows_than_are_penalized_at_once():
-    rows = PENALIZED_AT_ONCE * 2 + 5
-    sequences = [make_sequence([i % VOCAB_SIZE] * (i % 7), frequency_penalty=1.0) for i in range(rows)]
-    after = adjusted(torch.zeros(rows, VOCAB_SIZE), *sequences)
-    expected = torch.zeros(rows, VOCAB_SIZE)
-    expected[torch.arange(rows), torch.arange(rows) % VOCAB_SIZE] = -(torch.arange(rows) % 7).float()
+def test_each_row_has_its_own_penalties_and_counts():
+    rows = 133
+    plain = make_sequence()
+    penalized = [make_sequence([i % VOCAB_SIZE] * (i % 7), frequency_penalty=i % 3 - 0.5) for i in range(rows)]
+    expected = torch.zeros(2 * rows, VOCAB_SIZE)
+    for i in range(rows):
+        expected[2 * i + 1, i % VOCAB_SIZE] = -(i % 7) * (i % 3 - 0.5)
+    after = adjusted(torch.zeros(2 * rows, VOCAB_SIZE), *(seq for pair in penalized for seq in (plain, pair)))
     assert torch.equal(after, expected)
 
 

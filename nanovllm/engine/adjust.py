@@ -11,16 +11,13 @@ from nanovllm.engine.sequence import Sequence
 
 Send = Callable[[ArrayLike], Tensor]  # to the device, without waiting
 Asking = list[tuple[int, Sequence]]  # sequences with their rows
-PENALIZED_AT_ONCE = 64  # rows, each of which takes a count for every token of the vocabulary
 
 
 def adjust(logits: Tensor, sequences: list[Sequence], send: Send) -> Tensor:
     """A float32 copy of the logits [S, vocabulary] in which the rows of requests that ask for it are changed."""
     logits = logits.to(torch.float32, copy=True)
     asking = [(i, seq) for i, seq in enumerate(sequences) if seq.adjusts_logits and not seq.is_finished]
-    penalized = [(i, seq) for i, seq in asking if seq.params.is_penalized]
-    for start in range(0, len(penalized), PENALIZED_AT_ONCE):
-        _penalize(logits, penalized[start : start + PENALIZED_AT_ONCE], send)
+    _penalize(logits, asking, send)
     _add_bias(logits, asking, send)
     _keep_allowed(logits, asking, send)
     for i, seq in asking:
@@ -34,23 +31,26 @@ def adjust(logits: Tensor, sequences: list[Sequence], send: Send) -> Tensor:
     return logits
 
 
-def _penalize(logits: Tensor, penalized: Asking, send: Send) -> None:
-    """Repetition (prompt and completion), presence and frequency (completion) penalties, on their rows in place."""
-    vocab_size = logits.shape[1]
-    places = [i * vocab_size + np.array(seq.token_ids, np.int64) for i, (_, seq) in enumerate(penalized)]
-    completions = [place[seq.num_prompt_tokens :] for place, (_, seq) in zip(places, penalized, strict=True)]
-    known, drawn = send(np.concatenate(places)), send(np.concatenate(completions))
-    is_known = logits.new_zeros(len(penalized), vocab_size, dtype=torch.bool)
-    is_known.view(-1).index_fill_(0, known, True)
-    counts = logits.new_zeros(is_known.shape)
-    counts.view(-1).index_add_(0, drawn, counts.new_ones(len(drawn)))
+def _penalize(logits: Tensor, asking: Asking, send: Send) -> None:
+    """Repetition (prompt and completion), presence and frequency (completion) penalties, in place.
+
+    They change the logits of known tokens only; one that stands in a sequence twice is computed twice, to the same result.
+    """
+    penalized = [(i, seq) for i, seq in asking if seq.params.is_penalized]
+    if not penalized:
+        return
+    token_ids = send(np.concatenate([seq.token_ids for _, seq in penalized]))
+    lens = [n for _, seq in penalized for n in (seq.num_prompt_tokens, seq.num_completion_tokens)]
+    parts = torch.repeat_interleave(send(lens), output_size=len(token_ids))  # prompts are even, completions odd
+    owner, is_drawn = parts // 2, parts % 2
     params = (seq.params for _, seq in penalized)
     penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
-    repetition, presence, frequency = send(np.array(penalties, np.float32)).unsqueeze(2).unbind(1)
-    rows = send([i for i, _ in penalized])
-    x = logits.index_select(0, rows)
-    x = torch.where(is_known, torch.where(x > 0, x / repetition, x * repetition), x)
-    logits.index_copy_(0, rows, x - frequency * counts - presence * (counts > 0))
+    repetition, presence, frequency = send(np.array(penalties, np.float32))[owner].unbind(1)
+    known = send([i for i, _ in penalized])[owner] * logits.shape[1] + token_ids
+    counts = torch.zeros_like(logits).view(-1).index_add_(0, known, is_drawn.float())[known]
+    x = logits.view(-1)[known]
+    x = torch.where(x > 0, x / repetition, x * repetition)
+    logits.view(-1).index_copy_(0, known, x - frequency * counts - presence * (counts > 0))
 
 
 def _add_bias(logits: Tensor, asking: Asking, send: Send) -> None:

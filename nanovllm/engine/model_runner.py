@@ -255,9 +255,11 @@ class ModelRunner:
         return max(self.model_config.vocab_size if n == -1 else n or 0 for n in asked)
 
     def _send(self, values: ArrayLike) -> Tensor:
-        """To the device without waiting: pinned memory is reused after the copy."""
-        tensor = torch.as_tensor(np.asarray(values))
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        """To the device without waiting. PyTorch gives pinned memory out again when what was sent from it is there."""
+        array = np.asarray(values)
+        tensor = torch.empty_like(torch.from_numpy(array), pin_memory=self.device.type == "cuda")
+        tensor.numpy()[...] = array  # by this thread alone, where PyTorch would wake others
+        return tensor.to(self.device, non_blocking=True)
 
     def _load_model(self, memory: CudaMemory | None, folder: Path, num_positions: int) -> Decoder:
         """The model with its weights; ValueError, before it takes memory, if they do not fit."""
