@@ -4,6 +4,7 @@ Rank 0 starts them, or joins those that torchrun started. A rank that ends for a
 one it was and why. A worker whose connection to rank 0 is closed exits at once.
 """
 
+import json
 import os
 import pickle
 import queue
@@ -195,14 +196,14 @@ def _join_torchrun(size: int) -> Workers:
     if world_size != size:
         raise ValueError(f"tensor_parallel_size must be torchrun's number of ranks, {world_size}, got {size}")
     if rank > 0:
-        host, port, key = pickle.loads(store.get("nanovllm address"))
-        connection = Client((host, port), authkey=key)
+        host, port, key = json.loads(store.get("nanovllm address"))
+        connection = Client((host, port), authkey=key.encode())
         connection.send(rank)
         serve(connection, store, rank, int(os.environ["LOCAL_RANK"]), size)
         os._exit(0)
-    host, key = os.environ["MASTER_ADDR"], secrets.token_bytes(16)
-    with Listener((host, 0), authkey=key) as listener:
-        store.set("nanovllm address", pickle.dumps((host, listener.address[1], key)))
+    host, key = os.environ["MASTER_ADDR"], secrets.token_hex()
+    with Listener((host, 0), authkey=key.encode()) as listener:
+        store.set("nanovllm address", json.dumps([host, listener.address[1], key]))
         connections = sorted([listener.accept() for _ in range(size - 1)], key=Connection.recv)  # by rank
     for connection in connections:
         send_at_once(connection)
