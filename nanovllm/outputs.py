@@ -1,6 +1,6 @@
 """What comes out: vLLM's RequestOutput and CompletionOutput, and the increments of a stream."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal, NamedTuple
@@ -12,7 +12,10 @@ LogprobRow = tuple[float, int, list[float], list[int]]
 
 
 class Logprob(NamedTuple):
-    """One candidate at one position: its log-probability, its rank (1 is the most likely) and its text."""
+    """One candidate at one position: its log-probability, its rank (1 is the most likely) and its text.
+
+    A token that is not among the most likely ones that were asked for has the number of tokens at least as likely as it.
+    """
 
     logprob: float
     rank: int
@@ -51,14 +54,14 @@ class CompletionOutput:
 @dataclass(slots=True)
 class Increment(CompletionOutput):
     """What a step added to a completion in a stream: the text and the tokens that are new. The last one of a completion
-    has its `finish_reason`. `text` never ends within a character; it may be empty."""
+    has its `finish_reason`. `text` never ends within a character, but where the completion does; it may be empty."""
 
     prompt_index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """When a request was queued, had its first token, and was finished: seconds since the epoch."""
+    """When a request was queued, had its first token (0.0 without one), and was finished: seconds since the epoch."""
 
     arrival_time: float
     first_token_time: float
@@ -66,8 +69,8 @@ class RequestMetrics:
 
 
 @dataclass(slots=True)
-class RequestOutput:
-    """A finished request. `output["text"]` and the like read the first completion, as nano-vllm's users write.
+class RequestOutput(Mapping[str, Any]):
+    """A finished request. As a mapping it is its first completion: `output["text"]`, as nano-vllm's users write.
 
     `prompt_logprobs` has None for the first token of the prompt, then a dict for each.
     """
@@ -85,3 +88,9 @@ class RequestOutput:
         if name not in CompletionOutput.__slots__:
             raise KeyError(name)
         return getattr(self.outputs[0], name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(CompletionOutput.__slots__)
+
+    def __len__(self) -> int:
+        return len(CompletionOutput.__slots__)

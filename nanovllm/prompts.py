@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Sequence as Seq
+from collections.abc import Set
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | Seq[int] | dict[str, Any]
 Prompts = Prompt | Seq[Prompt]
+NO_LISTS = bytes | bytearray | memoryview | Set  # they have integers too
 Params = SamplingParams | Seq[SamplingParams] | None  # one for all prompts, or one for each; None is the default
 
 
@@ -72,10 +74,14 @@ def _parse(name: str, prompt: Any, params: SamplingParams) -> Request:
     try:
         if token_ids is None and text is not None:
             text.encode()
+        elif isinstance(token_ids, NO_LISTS) or bool in set(map(type, token_ids := list(token_ids))):
+            raise TypeError
         else:
-            token_ids = array("q", iter(token_ids)).tolist()  # takes every kind of integer, and nothing else
+            token_ids = array("q", token_ids).tolist()  # takes every kind of integer, and nothing else
     except UnicodeEncodeError as error:  # half a surrogate pair, which no tokenizer takes
         raise ValueError(f"{name} must be text in Unicode, got {text!r:.200}: {error}") from None
-    except (TypeError, OverflowError):
+    except OverflowError:
+        raise ValueError(f"token ids of {name} must be in the vocabulary, got {token_ids!r:.200}") from None
+    except TypeError:
         raise TypeError(f"{name} must be text or a list of token ids, got {token_ids!r:.200}") from None
     return Request(name, text, token_ids, params)

@@ -31,13 +31,14 @@ class SamplingParams:
     on what the one before kept; a token that ties with the last one kept is kept too.
 
     Args:
-        temperature: divides the logits; 0 is greedy (on a tie the lowest token id wins).
+        temperature: divides the logits, at most 1e30; 0 is greedy (on a tie the lowest token id wins).
         max_tokens: a completion has at most so many tokens.
         ignore_eos: do not stop at the model's end-of-sequence tokens.
         top_k: keep the k most likely tokens; 0 or -1 keeps all.
         top_p: keep the smallest set of most likely tokens whose probability reaches this, in (0, 1].
         min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
-        seed: the same seed draws the same tokens whatever else is in the batch; None or -1 takes a fresh one.
+        seed: the same seed is the same luck whatever else is in the batch, and the same tokens where the logits are the
+            same, whose last bits may depend on the batch in bfloat16; None or -1 takes a fresh one.
         min_tokens: nothing stops a completion before it has so many tokens.
         stop_token_ids: a completion ends with the first of these that is drawn.
         logprobs: report for every token the log-softmax of the raw logits, of the drawn token and of so many of
@@ -49,7 +50,8 @@ class SamplingParams:
         frequency_penalty: the same for each time that the token is there, in [-2, 2].
         logit_bias: {token id: what is added to its logit, in [-100, 100]}.
         allowed_token_ids: no other token is drawn.
-        stop: a text or several: a completion ends where one of them appears first, and is cut before it.
+        stop: a text or several: a completion ends where one of them appears first, in whole characters, and is cut before
+            it.
         include_stop_str_in_output: it is cut after it.
         prompt_logprobs: as `logprobs`, for the tokens of the prompt but the first.
         detokenize: give text; False leaves it empty, and needs no tokenizer.
@@ -61,7 +63,7 @@ class SamplingParams:
         TypeError, ValueError: on a value outside of what is said above.
     """
 
-    temperature: Annotated[float, check_float, 0.0] = 1.0
+    temperature: Annotated[float, check_float, 0.0, 1e30] = 1.0  # times the noise it is finite
     max_tokens: Annotated[int, check_int, 1] = 64
     ignore_eos: bool = False
     _: KW_ONLY

@@ -11,7 +11,7 @@ from nanovllm import SamplingParams
 NAN, INF = float("nan"), float("inf")
 
 WRONG_VALUES: dict[str, list[Any]] = {
-    "temperature": [-0.1, NAN, INF, 1e39, 10**400, "1", True, None, 1j],
+    "temperature": [-0.1, NAN, INF, 1e31, 1e39, 10**400, "1", True, None, 1j],
     "max_tokens": [0, -1, 1.5, 4.0, "4", True, None],
     "ignore_eos": [0, 1, "yes", None, numpy.True_],
     "top_k": [-2, 1.0, "5", True, None],
@@ -36,7 +36,7 @@ WRONG_VALUES: dict[str, list[Any]] = {
 }
 
 EDGE_VALUES: dict[str, list[Any]] = {
-    "temperature": [0, 0.0, 1, 1e-6, 100.0, numpy.float32(0.5)],
+    "temperature": [0, 0.0, 1, 1e-6, 100.0, 1e30, numpy.float32(0.5)],
     "max_tokens": [1, 2**40, numpy.int64(3)],
     "ignore_eos": [True, False],
     "top_k": [-1, 0, 1, 10**9, numpy.int32(5)],

@@ -24,8 +24,11 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "t
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def resolve_model(model: str | os.PathLike[str], revision: str | None = None) -> Path:
+def resolve_model(model: str | os.PathLike[str], revision: str | None = None, option: str = "model") -> Path:
     """The folder of a model: a local one as it is, a Hub id downloaded (safetensors, configs and tokenizer alone).
+
+    Args:
+        option: what errors call it.
 
     Raises:
         ValueError: there is no such folder, and it is not a Hub id that can be fetched.
@@ -35,11 +38,11 @@ def resolve_model(model: str | os.PathLike[str], revision: str | None = None) ->
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise ValueError(f"model {name!r} is neither a folder nor a Hub id of the form 'owner/name'")
+        raise ValueError(f"{option} {name!r} is neither a folder nor a Hub id of the form 'owner/name'")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
     except Exception as error:
-        raise ValueError(f"model {name!r} is no folder and cannot be fetched from the Hub: {error}") from error
+        raise ValueError(f"{option} {name!r} is no folder and cannot be fetched from the Hub: {error}") from error
 
 
 def load_weights(model: nn.Module, folder: Path, show_progress: bool) -> None:
