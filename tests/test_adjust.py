@@ -26,7 +26,8 @@ def send(values):
 
 def adjusted(logits, *sequences):
     before = logits.clone()
-    after = adjust(logits, list(sequences), send)
+    asking = [(i, seq) for i, seq in enumerate(sequences) if seq.adjusts_logits]
+    after = adjust(logits, asking, send)
     assert torch.equal(logits, before), "the raw logits are still needed"
     assert after.dtype == torch.float32
     return after
@@ -126,14 +127,3 @@ def test_processors_come_in_order_after_the_rest_and_see_their_own_request(logit
 def test_a_processor_that_returns_no_logits_is_named(returned, logits):
     with pytest.raises(TypeError, match=r"logits_processors: .*lambda.* must return logits \[50\]"):
         adjusted(logits[:1], make_sequence(logits_processors=[lambda ids, row: returned]))
-
-
-def test_a_finished_sequence_is_left_alone(logits):
-    """It is in the step that was launched before it ended; a processor may not know what to do after the end."""
-
-    def fail(token_ids, row):
-        raise AssertionError("called after the end")
-
-    seq = make_sequence(logits_processors=[fail])
-    seq.finish_reason = "stop"
-    assert torch.equal(adjusted(logits[:1], seq), logits[:1])

@@ -13,10 +13,9 @@ Send = Callable[[ArrayLike], Tensor]  # to the device, without waiting
 Asking = list[tuple[int, Sequence]]  # sequences with their rows
 
 
-def adjust(logits: Tensor, sequences: list[Sequence], send: Send) -> Tensor:
-    """A float32 copy of the logits [S, vocabulary] in which the rows of requests that ask for it are changed."""
+def adjust(logits: Tensor, asking: Asking, send: Send) -> Tensor:
+    """A float32 copy of the logits [S, vocabulary] in which the rows of the sequences that ask for it are changed."""
     logits = logits.to(torch.float32, copy=True)
-    asking = [(i, seq) for i, seq in enumerate(sequences) if seq.adjusts_logits and not seq.is_finished]
     _penalize(logits, asking, send)
     _add_bias(logits, asking, send)
     _keep_allowed(logits, asking, send)

@@ -171,9 +171,8 @@ class ModelRunner:
         asked: Logprobs = ()
         if sequences:
             special = [(i, seq) for i, seq in enumerate(sequences) if not seq.is_plain]
-            logits = raw_logits
-            if any(seq.adjusts_logits for _, seq in special):
-                logits = adjust(raw_logits, sequences, self._send)
+            asking = [(i, seq) for i, seq in special if seq.adjusts_logits and not seq.is_finished]
+            logits = adjust(raw_logits, asking, self._send) if asking else raw_logits
             is_random = any(seq.params.temperature > 0 for seq in sequences)
             is_truncated = any(seq.params.is_truncated for _, seq in special)
             batch = SamplingBatch(self.tables.sampling, rows, positions, is_random, is_truncated)
@@ -203,9 +202,10 @@ class ModelRunner:
         last_tokens = [end - 1 for end, chunk in placed if chunk.is_sampled]
         reads = []
         for end, chunk in placed:
-            for i in chunk.read[:: self.head_rows]:  # the hidden state of the token before says how likely token i is
-                num_top = self._num_top([chunk.seq.params.prompt_logprobs])
-                reads.append((end - 1 - (chunk.end - i), min(self.head_rows, chunk.read.stop - i), num_top))
+            num_top = self._num_top([chunk.seq.params.prompt_logprobs])
+            before_read = end - chunk.end - 1  # the hidden state of the token before says how likely token i is
+            for i in chunk.read[:: self.head_rows]:
+                reads.append((before_read + i, min(self.head_rows, chunk.read.stop - i), num_top))
         read_tokens = [chunk.seq.token_ids[i] for chunk in chunks for i in chunk.read]
         num_padding = self.graphs.size_for(len(step.decodes)) - len(step.decodes)
         sampled = step.sampled
