@@ -3,11 +3,12 @@
 import random
 import sys
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import chain, count
+from numbers import Integral
 from os import PathLike
 from typing import Any
 
@@ -41,15 +42,16 @@ class LLM:
 
     def __init__(self, model: str | PathLike[str], **options: Any):
         self.config = Config.from_options(model, options)
+        tokenizer = self.config.tokenizer and resolve_model(self.config.tokenizer, option="tokenizer")
         self.engine = LLMEngine(self.config)
         self._ids = count()
-        self._finished: list[Sequence] = []  # of `add_request`, until `step` returns them
+        self._ended: list[Sequence] = []  # of `add_request`, until `step` returns them
         self._random = random.Random(self.config.seed)
-        self._text = Text(resolve_model(self.config.tokenizer) if self.config.tokenizer else self.engine.folder)
+        self._text = Text(tokenizer or self.engine.folder)
 
     @no_full_collections()
     def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
-        """Complete the prompts; results in their order.
+        """Complete the prompts; results in their order. One that a logits processor aborts is what it is by then.
 
         Args:
             prompts: one or a list of: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
@@ -59,7 +61,8 @@ class LLM:
         Raises:
             TypeError, ValueError: before anything runs, naming the prompt that cannot be run.
             BaseException: whatever happens in the middle, Ctrl-C included, with `outputs` on it: a list in the
-                prompts' order of what had finished, None for the rest. The LLM can be used again.
+                prompts' order of what had finished, None for the rest. Nothing that is unfinished, of `add_request` and
+                `stream` too, goes on, and nothing is cached. The LLM can be used again.
         """
         requests = {request[0].request_id: request for request in self._make_requests(prompts, sampling_params)}
         outputs: dict[int, RequestOutput] = {}
@@ -68,9 +71,9 @@ class LLM:
         def collect(request_ids: Iterable[int]) -> None:
             """Make the outputs of those requests that are done."""
             for request_id in request_ids:
-                reasons = {seq.finish_reason for seq in requests[request_id]}
-                if request_id not in outputs and not reasons & {None, "abort"}:
-                    outputs[request_id] = self._make_output(requests[request_id])
+                request = requests[request_id]
+                if request_id not in outputs and all(seq.is_finished for seq in request):
+                    outputs[request_id] = self._make_output(request)
 
         try:
             self._start(requests.values(), finished)
@@ -87,17 +90,18 @@ class LLM:
             try:
                 collect(requests)
             finally:
-                error.outputs = [outputs.get(request_id) for request_id in requests]  # type: ignore[attr-defined]
                 self.engine.scheduler.abort(set(requests))
+                error.outputs = [outputs.get(request_id) for request_id in requests]  # type: ignore[attr-defined]
             raise
-        return [outputs[request_id] for request_id in requests if request_id in outputs]
+        return [outputs[request_id] for request_id in requests]
 
     def chat(
-        self, conversations: Conversations, sampling_params: Params = None, use_tqdm: bool = True, **options: Any
+        self, messages: Conversations, sampling_params: Params = None, use_tqdm: bool = True, **options: Any
     ) -> list[RequestOutput]:
-        """Answer conversations, one or a list of them, each a list of {"role": …, "content": …}.
+        """Answer one or a list of conversations.
 
         Args:
+            messages: {"role": …, "content": …}, a list for each conversation.
             options: of the tokenizer's `apply_chat_template` and of the model's own chat template:
                 `add_generation_prompt` (True), `continue_final_message`, `tools`, `chat_template`, `enable_thinking` …;
                 vLLM's `chat_template_kwargs` is taken too.
@@ -105,18 +109,18 @@ class LLM:
         Raises:
             TypeError, ValueError: as `generate`; no chat template, or one that refuses the conversation.
         """
-        check_list("conversations", conversations, check_type, Seq | Mapping)
+        check_list("messages", messages, check_type, Seq | Mapping)
         tokenizer = self.tokenizer
-        is_one = len(conversations) > 0 and isinstance(conversations[0], Mapping)
+        is_one = len(messages) > 0 and isinstance(messages[0], Mapping)
         more = check_type("chat_template_kwargs", options.pop("chat_template_kwargs", None) or {}, Mapping)
         options = {"add_generation_prompt": True, **options, **more, "tokenize": False}
         prompts = []
-        for i, conversation in enumerate([conversations] if is_one else conversations):
+        for i, conversation in enumerate([messages] if is_one else messages):
             try:
                 text = tokenizer.apply_chat_template(conversation, **options)
                 token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             except Exception as error:  # a template is a program, and raises what it likes
-                raise ValueError(f"conversations[{i}] is refused by the chat template: {error}") from error
+                raise ValueError(f"messages[{i}] is refused by the chat template: {error}") from error
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -128,52 +132,60 @@ class LLM:
         request_ids = {request[0].request_id for request in requests}
         places = {seq: (i, j) for i, request in enumerate(requests) for j, seq in enumerate(request)}
         num_given = dict.fromkeys(places, 0)  # tokens, of the sequences that have more to give
+        ended: list[Sequence] = []
         try:
-            self._start(requests, deque(maxlen=0))  # it looks at them itself
-            num_resets = self.engine.num_resets
+            self._start(requests, ended)
             while num_given:
-                if self.engine.num_resets != num_resets:
+                if not all(seq.is_finished for seq in ended):
                     raise RuntimeError("an error in another call has dropped this stream's requests")
                 self.engine.step()
                 for seq, start in list(num_given.items()):
                     num_given[seq] = seq.num_completion_tokens
+                    if seq.is_finished:
+                        del num_given[seq]
                     if start < seq.num_completion_tokens:
                         prompt_index, index = places[seq]
                         completion = self._completion(seq, index, start)
                         if seq.detokenizer is not None:
                             completion["text"] = seq.detokenizer.take(completion["text"] if seq.is_finished else None)
                         yield Increment(**completion, prompt_index=prompt_index)
-                    # One that another call finished meanwhile has more to give.
-                    if seq.is_finished and num_given[seq] == seq.num_completion_tokens:
-                        del num_given[seq]
         finally:
             self.engine.scheduler.abort(request_ids)
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue one prompt for `step()`; returns its request id. Errors as in `generate`."""
+        if isinstance(prompt, Integral):
+            raise TypeError(f"prompt must be text, token ids or a dict, got {prompt!r}")
         (request,) = requests = self._make_requests([prompt], sampling_params)
-        self._start(requests, self._finished)
+        self._start(requests, self._ended)
         return request[0].request_id
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
         """One turn of the engine: ([(request id, completion token ids) that finished], number of tokens).
 
         The number is the prompt tokens of the step whose results came in, or minus its decode tokens if it had no
-        prompt tokens. An exception drops every unfinished request, and the LLM can be used again.
+        prompt tokens. An exception drops every unfinished request, and the LLM can be used again; where one in another
+        call has done so, RuntimeError says which requests are lost.
         """
-        step = self.engine.step()
-        outputs = [(seq.request_id, seq.completion_token_ids) for seq in self._finished]
-        self._finished.clear()
+        if lost := self._take_lost():
+            raise RuntimeError(f"an error in another call has dropped the requests {lost}")
+        try:
+            step = self.engine.step()
+        except BaseException:
+            self._take_lost()
+            raise
+        outputs = [(seq.request_id, seq.completion_token_ids) for seq in self._ended]
+        self._ended.clear()
         return outputs, step.num_prefill_tokens or -step.num_decode_tokens
 
     def is_finished(self) -> bool:
         """Whether `step()` has nothing more to give."""
-        return not (self.engine.scheduler.has_unfinished or self._finished)
+        return not (self.engine.scheduler.has_unfinished or self._ended)
 
     def abort(self, request_id: int) -> None:
         """Drop a request: `step()` will not return it. One that is finished or unknown is passed over."""
         self.engine.scheduler.abort({request_id})
-        self._finished[:] = [seq for seq in self._finished if seq.request_id != request_id]
+        self._ended[:] = [seq for seq in self._ended if seq.request_id != request_id]
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends."""
@@ -192,7 +204,7 @@ class LLM:
         return self.engine.max_model_len
 
     def stats(self) -> dict[str, Any]:
-        """Size and use of the KV pool, and counts since the start (prefix cache in tokens, preemptions)."""
+        """Size and use of the KV pool, and counts since the start, or the last error (prefix cache in tokens, preemptions)."""
         return self.engine.stats()
 
     @property
@@ -260,6 +272,12 @@ class LLM:
             ]
             requests.append(samples)
         return requests
+
+    def _take_lost(self) -> list[int]:
+        """Forget the added requests that an error has dropped; their ids."""
+        lost = {seq.request_id for seq in self._ended if not seq.is_finished}
+        self._ended[:] = [seq for seq in self._ended if seq.is_finished]
+        return sorted(lost)
 
     def _start(self, requests: Iterable[list[Sequence]], outbox: MutableSequence[Sequence]) -> None:
         for seq in chain.from_iterable(requests):

@@ -207,6 +207,22 @@ def test_an_error_of_a_request_leaves_the_ranks_in_step(tiny_model):
         assert output["token_ids"] == expected["token_ids"]
 
 
+def test_another_signals_handler_in_the_middle_of_a_step_ends_the_model(tiny_model, monkeypatch):
+    """The other rank has been sent a step that this one does not launch: it waits, and must not be waited for."""
+
+    def terminated(packed):
+        raise SystemExit(3)
+
+    llm = new_llm(tiny_model("qwen3"), 2)
+    workers = workers_of(llm)
+    monkeypatch.setattr(llm.engine.runner, "run", terminated)
+    with pytest.raises(SystemExit):
+        llm.generate([[1, 2]], PARAMS[0], use_tqdm=False)
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    with pytest.raises(RuntimeError, match="this LLM is closed"):
+        llm.generate([[1]], use_tqdm=False)
+
+
 @on_both
 def test_a_worker_that_is_killed_ends_the_call(device, tiny_model):
     llm = new_llm(tiny_model("qwen3"), 2, device=device, max_num_seqs=8)

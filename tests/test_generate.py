@@ -308,9 +308,9 @@ def test_chat_passes_options_to_the_template(demo):
 
 
 def test_wrong_conversations_are_refused_by_name(demo, llm):
-    with pytest.raises(TypeError, match="conversations must be a list"):
+    with pytest.raises(TypeError, match="messages must be a list"):
         demo.chat("Hello")
-    with pytest.raises(ValueError, match=r"conversations\[1\] is refused by the chat template"):
+    with pytest.raises(ValueError, match=r"messages\[1\] is refused by the chat template"):
         demo.chat([[{"role": "user", "content": "a"}], [{"content": "no role"}]])
     with pytest.raises(ValueError, match="has no tokenizer"):
         llm.chat([{"role": "user", "content": "a"}])
@@ -463,7 +463,7 @@ def test_half_a_surrogate_pair_is_refused_by_name(demo):
     """JSON can hold one."""
     with pytest.raises(ValueError, match=r"prompts\[1\] must be text in Unicode"):
         demo.generate(["fine", "\ud800"], greedy(1))
-    with pytest.raises(ValueError, match=r"conversations\[0\] is refused"):
+    with pytest.raises(ValueError, match=r"messages\[0\] is refused"):
         demo.chat([{"role": "user", "content": "\ud800"}], greedy(1))
 
 

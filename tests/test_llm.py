@@ -74,6 +74,8 @@ def test_results_are_vllms_and_read_as_nano_vllms(llm):
         assert len(completion.token_ids) == p.max_tokens
         assert output["token_ids"] is completion.token_ids
         assert output["finish_reason"] == "length"
+        assert dict(output)["text"] == output.get("text") == completion.text
+        assert ("token_ids" in output, "request_id" in output) == (True, False)
         with pytest.raises(KeyError):
             output["request_id"]
         if p.logprobs is None:
@@ -116,6 +118,16 @@ WRONG_CALLS = [
     ),
     ("floats", lambda llm: llm.generate([[1, 2.0]]), TypeError, r"prompts\[0\].*2\.0"),
     ("bytes", lambda llm: llm.generate(b"12345678"), TypeError, "got bytes"),
+    ("bytes in a list", lambda llm: llm.generate([b"hello"]), TypeError, r"prompts\[0\] must be text or.*hello"),
+    ("set", lambda llm: llm.generate([{3, 4}]), TypeError, r"prompts\[0\] must be text or a list"),
+    ("bools", lambda llm: llm.generate([[1], [True]]), TypeError, r"prompts\[1\] must be text or.*True"),
+    ("one number", lambda llm: llm.add_request(5), TypeError, "prompt must be text.*got 5"),
+    (
+        "64 bits",
+        lambda llm: llm.generate([[2**70]]),
+        ValueError,
+        r"token ids of prompts\[0\] must be in the vocabulary",
+    ),
     ("none", lambda llm: llm.generate([None]), TypeError, r"prompts\[0\]"),
     ("empty ids", lambda llm: llm.generate([[1], []]), ValueError, r"prompts\[1\] is empty"),
     ("empty dict", lambda llm: llm.generate([{}]), ValueError, r"prompts\[0\] must have 'prompt'"),
@@ -306,8 +318,10 @@ def test_an_exception_keeps_what_is_finished_and_the_llm_usable(call, owner, nam
     finished = [1, 3] if call == 6 else []
     assert [i for i, output in enumerate(outputs) if output is not None] == finished
     assert all(outputs[i]["token_ids"] == expected[i] for i in finished)
+    assert not llm.is_finished()
+    with pytest.raises(RuntimeError, match=rf"an error in another call has dropped the requests \[{other}\]"):
+        llm.step()
     assert_nothing_leaks(llm)
-    assert other not in dict(llm.step()[0]), "everything unfinished is dropped"
     again = llm.generate(PROMPTS, params, use_tqdm=False)
     assert [o["token_ids"] for o in again] == expected
 
@@ -324,7 +338,7 @@ def test_ctrl_c_while_tokens_come_in_loses_no_finished_result(llm, monkeypatch):
     assert_nothing_leaks(llm)
 
 
-def test_a_request_that_a_processor_aborts_is_not_returned(llm):
+def test_a_request_that_a_processor_aborts_is_what_it_is_by_then(llm):
     """One of its samples has finished in the same step."""
 
     def abort(token_ids, logits):
@@ -336,8 +350,47 @@ def test_a_request_that_a_processor_aborts_is_not_returned(llm):
     several = SamplingParams(max_tokens=40, n=2, seed=3, stop_token_ids=list(range(0, 128, 6)))
     aborting = greedy(40, logits_processors=[abort])
     outputs = llm.generate([[1, 2], [3]], [several, aborting], use_tqdm=False)
-    assert [len(output.outputs) for output in outputs] == [1]
+    assert [[c.finish_reason for c in output.outputs] for output in outputs] == [["stop", "abort"], ["length"]]
+    assert 0 < len(outputs[0].outputs[1].token_ids) < 40
     assert_nothing_leaks(llm)
+
+
+def test_an_error_of_step_itself_is_told_once(llm):
+    def refuse(token_ids, logits):
+        raise ZeroDivisionError
+
+    llm.add_request([1], greedy(9))
+    llm.add_request([2], greedy(9, logits_processors=[refuse]))
+    with pytest.raises(ZeroDivisionError):
+        llm.step()  # where the first step is sampled
+    assert llm.is_finished()
+    kept = llm.add_request([1], greedy(2))
+    results = {}
+    while not llm.is_finished():
+        results.update(llm.step()[0])
+    assert list(results) == [kept]
+
+
+def test_a_processor_is_not_called_after_the_end(llm):
+    """The next step is launched before the token that ends a sequence is read."""
+    stop_token_ids, seen = list(range(0, 128, 6)), []
+
+    def processor(token_ids, logits):
+        seen.append(list(token_ids))
+        return logits
+
+    params = SamplingParams(max_tokens=60, seed=3, stop_token_ids=stop_token_ids, logits_processors=[processor])
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    assert {output["finish_reason"] for output in outputs} == {"stop"}
+    assert len(seen) == sum(len(output["token_ids"]) for output in outputs)
+    assert not any(set(token_ids) & set(stop_token_ids) for token_ids in seen)
+
+
+def test_the_highest_temperature_draws_only_what_is_kept(llm):
+    hot = SamplingParams(temperature=1e30, max_tokens=20, top_k=1, ignore_eos=True)
+    expected = llm.generate(PROMPTS, greedy(20), use_tqdm=False)
+    outputs = llm.generate(PROMPTS, hot, use_tqdm=False)
+    assert [o["token_ids"] for o in outputs] == [o["token_ids"] for o in expected]
 
 
 def test_ctrl_c_between_steps_drops_the_calls_requests(llm, monkeypatch):

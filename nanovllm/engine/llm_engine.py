@@ -11,7 +11,7 @@ import atexit
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -49,7 +49,6 @@ class LLMEngine:
         gc.collect()  # or it would happen in the middle of the first call, and take 0.3 s of it
         self.in_flight: SampledTokens | None = None
         self.is_stepping = False
-        self.num_resets = 0
         self.scheduler = self._new_scheduler()
         atexit.register(self.close)
 
@@ -61,8 +60,8 @@ class LLMEngine:
     def step(self) -> Step:
         """One turn of the loop: plan and launch a step, commit the one before it; returns that one, or an empty one.
 
-        On any exception, Ctrl-C included, every unfinished sequence is dropped and the engine is as new; what had
-        finished is in its outbox.
+        On any exception, Ctrl-C included, every unfinished sequence is dropped, to its outbox as it is, and the engine is as
+        new; what had finished is in its outbox.
         """
         runner = self._runner()
         if self.is_stepping:
@@ -79,8 +78,12 @@ class LLMEngine:
                 if not self.config.async_scheduling:
                     committed = self._commit()
                 return committed
-        except BaseException:
+        except Exception:
             self._reset()
+            raise
+        except BaseException:  # what ends the call or the process, whatever a worker says
+            with suppress(RuntimeError):
+                self._reset()
             raise
         finally:
             self.is_stepping = False
@@ -140,11 +143,12 @@ class LLMEngine:
     def _reset(self) -> None:
         """Start over after an exception: a planned block may be in the prefix cache without its KV."""
         self.in_flight = None
-        self.num_resets += 1
         try:
             self._runner().synchronize()
             if self.workers is not None:
                 self.workers.check()
+            for seq in (*self.scheduler.running, *self.scheduler.waiting):
+                seq.outbox.append(seq)
             self.scheduler = self._new_scheduler()
         except BaseException as error:
             with closing(self):

@@ -77,9 +77,10 @@ class Scheduler:
         self.waiting.append(seq)
 
     def abort(self, request_ids: set[int]) -> None:
-        """Finish these requests, where they still run or wait, with reason "abort" and free what they hold."""
+        """Finish these requests, where they still run or wait, with reason "abort", and free what they hold."""
         for seq in [s for s in (*self.running, *self.waiting) if s.request_id in request_ids]:
-            seq.finish_reason = "abort"
+            seq.finish_reason, seq.finished_time = "abort", time.time()
+            seq.outbox.append(seq)
             if seq.row:
                 self._leave_row(seq)
         self.waiting = deque(s for s in self.waiting if not s.is_finished)

@@ -32,7 +32,7 @@ class Sequence:
     max_tokens: int  # params.max_tokens, or less where max_model_len comes first
     eos_token_ids: frozenset[int] = frozenset()
     prompt: str | None = None
-    outbox: MutableSequence["Sequence"] = field(default_factory=list)  # where it is put when it is finished
+    outbox: MutableSequence["Sequence"] = field(default_factory=list)  # where it is put when it is finished, or dropped
     detokenizer: Detokenizer | None = None  # where the text matters before the end
     text_of: Callable[[int], str] = str  # a token's, for log-probabilities
 

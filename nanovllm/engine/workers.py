@@ -80,17 +80,17 @@ class Workers:
     def in_step(self, message: bytes = b"") -> Iterator[None]:
         """Send a message, if there is one, and then launch what the others launch: all of it, or the ranks would wait for
         each other. Ctrl-C waits until it is done; an error ends the model, and is a worker's if one has failed."""
-        try:
-            with _interrupt_deferred():
+        with _interrupt_deferred():
+            try:
                 for connection in self.connections if message else []:
                     connection.send_bytes(message)
                 yield
-        except Exception as error:
-            self.blame(error)
-            self.failure = f"rank 0 failed in the middle of a step: {error}"
-            self.has_failed.set()
-            self.group.abort()
-            raise
+            except BaseException as error:  # what another signal's handler raises too
+                self.blame(error)
+                self.failure = f"rank 0 failed in the middle of a step: {error!r}"
+                self.has_failed.set()
+                self.group.abort()
+                raise
 
     def close(self) -> None:
         """End the model; and the processes that rank 0 has started, within seconds."""
@@ -100,10 +100,11 @@ class Workers:
                 if self.processes:
                     connection.send_bytes(EXIT)
         if self.processes:
+            grace_seconds = 0 if self.has_failed.is_set() else GRACE_SECONDS  # for those that wait for another rank
             self.has_failed.set()  # that they are gone is no news
             for process in self.processes:
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE_SECONDS)
+                    process.wait(grace_seconds)
                 process.kill()  # does nothing to one that has ended
                 process.wait()
         self.group.close()
