@@ -136,16 +136,24 @@ def test_the_tokens_of_one_rank(family, size, changes, options, tiny_model):
     assert bool(found[-1]) == (options is PREEMPTS)
 
 
-needs_two = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
-on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_two)])
+def needs(num: int) -> list[pytest.MarkDecorator]:
+    reason = f"needs {num} CUDA devices"
+    return [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < num, reason=reason)]
 
 
-@pytest.mark.parametrize("family", [pytest.param("qwen3", marks=needs_two), pytest.param("llama", marks=needs_two)])
+on_gpus = pytest.param("cuda", marks=needs(2))
+on_both = pytest.mark.parametrize("device", ["cpu", on_gpus])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("size", [pytest.param(size, marks=needs(size)) for size in (2, 4, 8)])
 @pytest.mark.parametrize("options", [PREEMPTS, {}, {"enforce_eager": True}], ids=["preempts", "graphs", "eager"])
-def test_gpus_give_the_tokens_of_one(family, options, tiny_model):
+def test_gpus_give_the_tokens_of_one(family, size, options, tiny_model):
+    """Of more than two, some share key-value heads."""
+    folder = tiny_model(family, num_attention_heads=8)
     found = []
-    for size in (1, 2):
-        with new_llm(tiny_model(family), size, device="cuda", max_num_seqs=8, **options) as llm:
+    for num_ranks in (1, size):
+        with new_llm(folder, num_ranks, device="cuda", max_num_seqs=8, **options) as llm:
             found.append(run_all(llm))
     *expected, expected_logprobs = found[0]
     *tokens, logprobs = found[1]
@@ -153,7 +161,7 @@ def test_gpus_give_the_tokens_of_one(family, options, tiny_model):
     assert logprobs == pytest.approx(expected_logprobs, abs=1e-3)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_two)])
+@pytest.mark.parametrize("device", [on_gpus])
 def test_a_rank_with_less_memory(device, tiny_model):
     """What others hold is no part of our share; where it leaves too little of it, the rank says so."""
     options = {"device": device, "num_kvcache_blocks": -1, "enforce_eager": True}
@@ -274,11 +282,14 @@ def test_an_exception_of_a_worker_is_reported(model_class, message, tiny_model):
         llm.generate([[1, 2]], PARAMS[0], use_tqdm=False)
 
 
-def start_script(folder: Path, device: str, *arguments: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
+def start_script(
+    folder: Path, device: str, *arguments: str, gpus: str = ""
+) -> tuple[subprocess.Popen, list[psutil.Process]]:
     """A script without a main guard, and its workers, once its LLM is there. It goes on when it is told to."""
     command = [sys.executable, "-c", SCRIPT, str(folder), device, *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = subprocess.Popen(command, **pipes, text=True, start_new_session=True)
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
+    process = subprocess.Popen(command, **pipes, env=environment, text=True, start_new_session=True)
     assert process.stdout.readline() == "ready\n"
     workers = list(filter(is_ours, psutil.Process(process.pid).children()))
     assert len(workers) == 1
@@ -290,9 +301,16 @@ def tell(process: subprocess.Popen) -> None:
     process.stdin.flush()
 
 
-@on_both
-def test_two_engines_beside_each_other_and_a_normal_exit(device, tiny_model):
-    started = [start_script(tiny_model("qwen3"), device) for _ in range(2)]
+@pytest.mark.parametrize(
+    ("device", "gpus"),
+    [
+        ("cpu", ["", ""]),
+        pytest.param("cuda", ["0,1", "0,1"], marks=needs(2), id="same GPUs"),
+        pytest.param("cuda", ["0,1", "2,3"], marks=needs(4), id="own GPUs"),
+    ],
+)
+def test_two_engines_beside_each_other_and_a_normal_exit(device, gpus, tiny_model):
+    started = [start_script(tiny_model("qwen3"), device, gpus=own) for own in gpus]
     for process, _ in started:
         tell(process)
     outputs = [json.loads(process.communicate(timeout=60)[0]) for process, _ in started]
