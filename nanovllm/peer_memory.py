@@ -6,7 +6,7 @@ process is killed.
 """
 
 import ctypes
-import pickle
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,11 @@ class PeerMemory:
 
     def open(self, store: dist.Store) -> None:
         """Meet the other ranks; OSError if the driver refuses, here or there."""
-        exported = b""
+        exported = ""
         try:
             exported = self._export()
         finally:  # the others wait for it
-            store.set(f"memory {self.rank}", exported)  # type: ignore[arg-type]  # takes bytes
+            store.set(f"memory {self.rank}", exported)
         addresses = []
         for rank in range(self.size):
             theirs = store.get(f"memory {rank}")
@@ -70,17 +70,17 @@ class PeerMemory:
                     self.driver.cuIpcCloseMemHandle(address)
                 self.driver.cuMemFree_v2(self.own)
 
-    def _export(self) -> bytes:
+    def _export(self) -> str:
         self.driver = ctypes.CDLL("libcuda.so.1")
         num_bytes = ctypes.c_size_t(memory_bytes(self.capacity))
         self._call("cuMemAlloc_v2", ctypes.byref(self.own), num_bytes)
         self._call("cuMemsetD8_v2", self.own, ctypes.c_ubyte(0), num_bytes)
         handle = Handle()
         self._call("cuIpcGetMemHandle", ctypes.byref(handle), self.own)
-        return pickle.dumps((_host(), self.device.index or 0, bytes(handle)))
+        return json.dumps([_host(), self.device.index or 0, bytes(handle).hex()])
 
     def _import(self, exported: bytes) -> int:
-        host, device, handle = pickle.loads(exported) if exported else ("", 0, b"")
+        host, device, handle = json.loads(exported) if exported else ("", 0, "")
         if host != _host():
             raise OSError("a rank has no memory on this host")
         has_atomics, address = ctypes.c_int(), ctypes.c_uint64()
@@ -88,7 +88,7 @@ class PeerMemory:
         self._call("cuDeviceGetP2PAttribute", ctypes.byref(has_atomics), NATIVE_ATOMICS, *devices)
         if not has_atomics.value:
             raise OSError("NVLink does not join the GPUs")
-        theirs = Handle.from_buffer_copy(handle)
+        theirs = Handle.from_buffer_copy(bytes.fromhex(handle))
         self._call("cuIpcOpenMemHandle_v2", ctypes.byref(address), theirs, ctypes.c_uint(LAZY_PEER_ACCESS))
         self.opened.append(address)
         return address.value
