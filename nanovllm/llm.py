@@ -61,8 +61,9 @@ class LLM:
         Raises:
             TypeError, ValueError: before anything runs, naming the prompt that cannot be run.
             BaseException: whatever happens in the middle, Ctrl-C included, with `outputs` on it: a list in the
-                prompts' order of what had finished, None for the rest. Nothing that is unfinished, of `add_request` and
-                `stream` too, goes on, and nothing is cached. The LLM can be used again.
+                prompts' order of what had finished, None for the rest. Where a step was interrupted, nothing that is
+                unfinished goes on, of `add_request` and `stream` neither, and nothing is cached. The LLM can be used
+                again, unless it has several ranks and one of them failed.
         """
         requests = {request[0].request_id: request for request in self._make_requests(prompts, sampling_params)}
         outputs: dict[int, RequestOutput] = {}
@@ -143,7 +144,7 @@ class LLM:
                     num_given[seq] = seq.num_completion_tokens
                     if seq.is_finished:
                         del num_given[seq]
-                    if start < seq.num_completion_tokens:
+                    if start < seq.num_completion_tokens or seq.is_finished:
                         prompt_index, index = places[seq]
                         completion = self._completion(seq, index, start)
                         if seq.detokenizer is not None:
@@ -294,7 +295,9 @@ class LLM:
             num_cached_tokens=first.num_cached_tokens or 0,
             prompt_logprobs=None if first.params.prompt_logprobs is None else first.prompt_logprobs,
             metrics=RequestMetrics(
-                first.arrival_time, min(s.first_token_time for s in samples), max(s.finished_time for s in samples)
+                first.arrival_time,
+                min((s.first_token_time for s in samples if s.num_completion_tokens), default=0.0),
+                max(s.finished_time for s in samples),
             ),
         )
 

@@ -1,8 +1,8 @@
 """Prompts: everything that users may pass to generate(), made into one form and checked before anything runs."""
 
 from array import array
+from collections.abc import Mapping, Set
 from collections.abc import Sequence as Seq
-from collections.abc import Set
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | Seq[int] | dict[str, Any]
 Prompts = Prompt | Seq[Prompt]
-NO_LISTS = bytes | bytearray | memoryview | Set  # they have integers too
+NO_LISTS = bytes | bytearray | memoryview | Set | Mapping  # they have integers too
 Params = SamplingParams | Seq[SamplingParams] | None  # one for all prompts, or one for each; None is the default
 
 

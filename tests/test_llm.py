@@ -13,7 +13,9 @@ from test_modes import assert_nothing_leaks, make_llm
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import model_runner
+from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import ModelRunner, SampledTokens
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 
 PROMPTS = [[5, 6, 7], [9] * 20, [1], [3, 4] * 10]
@@ -119,6 +121,7 @@ WRONG_CALLS = [
     ("floats", lambda llm: llm.generate([[1, 2.0]]), TypeError, r"prompts\[0\].*2\.0"),
     ("bytes", lambda llm: llm.generate(b"12345678"), TypeError, "got bytes"),
     ("bytes in a list", lambda llm: llm.generate([b"hello"]), TypeError, r"prompts\[0\] must be text or.*hello"),
+    ("mapping", lambda llm: llm.generate([{"prompt_token_ids": {5: 1}}]), TypeError, r"prompts\[0\] must be text or"),
     ("set", lambda llm: llm.generate([{3, 4}]), TypeError, r"prompts\[0\] must be text or a list"),
     ("bools", lambda llm: llm.generate([[1], [True]]), TypeError, r"prompts\[1\] must be text or.*True"),
     ("one number", lambda llm: llm.add_request(5), TypeError, "prompt must be text.*got 5"),
@@ -352,6 +355,44 @@ def test_a_request_that_a_processor_aborts_is_what_it_is_by_then(llm):
     outputs = llm.generate([[1, 2], [3]], [several, aborting], use_tqdm=False)
     assert [[c.finish_reason for c in output.outputs] for output in outputs] == [["stop", "abort"], ["length"]]
     assert 0 < len(outputs[0].outputs[1].token_ids) < 40
+    assert_nothing_leaks(llm)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(BlockManager, "share"), (BlockManager, "release")])
+def test_ctrl_c_while_a_sequence_changes_places_is_told_to_those_who_wait(owner, name, tiny_model, monkeypatch):
+    """It is between waiting and running, or back: admitted late, and preempted."""
+    llm = make_llm(tiny_model(), max_num_seqs=5, kvcache_block_size=4, num_kvcache_blocks=34)
+    increments = llm.stream([[i] * 6 for i in range(4)], greedy(60))
+    next(increments)
+    other = llm.add_request([9] * 6, greedy(60))
+    fail_at(monkeypatch, owner, name, 1, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[7] * 6], greedy(60), use_tqdm=False)
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="this stream's requests"):
+        list(increments)
+    with pytest.raises(RuntimeError, match=rf"dropped the requests \[{other}\]"):
+        llm.step()
+    assert_nothing_leaks(llm)
+
+
+def test_ctrl_c_while_a_result_is_put_away_gives_it_once(llm, monkeypatch):
+    request_id = llm.add_request([1], greedy(2))
+    fail_at(monkeypatch, Scheduler, "_leave_row", 1, KeyboardInterrupt())
+    llm.step()
+    llm.step()
+    with pytest.raises(KeyboardInterrupt):
+        llm.step()
+    assert [found for found, _ in llm.step()[0]] == [request_id]
+    assert_nothing_leaks(llm)
+
+
+def test_a_stream_says_that_a_request_was_aborted(llm):
+    increments = llm.stream([[1], [2]], greedy(9))
+    assert next(increments).prompt_index == 0
+    llm.abort(llm.engine.scheduler.running[0].request_id)
+    reasons = [(new.prompt_index, new.finish_reason) for new in increments if new.finish_reason]
+    assert sorted(reasons) == [(0, "abort"), (1, "length")]
     assert_nothing_leaks(llm)
 
 

@@ -148,7 +148,8 @@ class LLMEngine:
             if self.workers is not None:
                 self.workers.check()
             for seq in (*self.scheduler.running, *self.scheduler.waiting):
-                seq.outbox.append(seq)
+                if seq not in seq.outbox:  # as one that was interrupted on its way there
+                    seq.outbox.append(seq)
             self.scheduler = self._new_scheduler()
         except BaseException as error:
             with closing(self):

@@ -156,6 +156,7 @@ class Scheduler:
             num_free = len(manager.free) - sum(manager.ref_counts[block] == 0 for block in cached)
             if num_new + len(self.running) > num_free and self.running:  # leave each running one its next block
                 return
+            self.running.append(seq)  # an interrupted sequence is in one of the two at any time
             self.waiting.popleft()
             manager.share(seq, cached)
             seq.row = self.free_rows.pop()
@@ -166,7 +167,6 @@ class Scheduler:
                 seq.num_cached_tokens = num_cached
             self.num_prefix_queries += len(seq.token_ids)
             self.num_prefix_hits += num_cached
-            self.running.append(seq)
             extended = manager.extend(seq, num_cached + num_tokens)
             assert extended, "the pool holds less than one sequence"
             step.block_updates += [(seq.row, i, block) for i, block in enumerate(seq.block_table)]
@@ -190,9 +190,9 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the head of the queue; what it computed is lost but for what stays in the prefix cache."""
+        self.waiting.appendleft(seq)
         self._leave_row(seq)
         seq.num_computed_tokens = 0
-        self.waiting.appendleft(seq)
         self.num_preemptions += 1
 
     def _leave_row(self, seq: Sequence) -> None:
