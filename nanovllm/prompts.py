@@ -74,9 +74,12 @@ def _parse(name: str, prompt: Any, params: SamplingParams) -> Request:
     try:
         if token_ids is None and text is not None:
             text.encode()
-        elif isinstance(token_ids, NO_LISTS) or bool in set(map(type, token_ids := list(token_ids))):
+        elif isinstance(token_ids, NO_LISTS):
             raise TypeError
         else:
+            token_ids = list(token_ids)
+            if bool in map(type, token_ids):
+                raise TypeError
             token_ids = array("q", token_ids).tolist()  # takes every kind of integer, and nothing else
     except UnicodeEncodeError as error:  # half a surrogate pair, which no tokenizer takes
         raise ValueError(f"{name} must be text in Unicode, got {text!r:.200}: {error}") from None
