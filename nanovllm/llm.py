@@ -139,6 +139,7 @@ class LLM:
             while num_given:
                 if not all(seq.is_finished for seq in ended):
                     raise RuntimeError("an error in another call has dropped this stream's requests")
+                ended.clear()
                 self.engine.step()
                 for seq, start in list(num_given.items()):
                     num_given[seq] = seq.num_completion_tokens

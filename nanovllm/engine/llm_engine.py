@@ -148,7 +148,7 @@ class LLMEngine:
             if self.workers is not None:
                 self.workers.check()
             for seq in (*self.scheduler.running, *self.scheduler.waiting):
-                if seq not in seq.outbox:  # as one that was interrupted on its way there
+                if not (seq.is_finished and seq in seq.outbox):  # a finished one was interrupted on its way there
                     seq.outbox.append(seq)
             self.scheduler = self._new_scheduler()
         except BaseException as error:
