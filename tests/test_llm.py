@@ -434,6 +434,12 @@ def test_the_highest_temperature_draws_only_what_is_kept(llm):
     assert [o["token_ids"] for o in outputs] == [o["token_ids"] for o in expected]
 
 
+def test_a_tokenizer_that_is_not_there_is_refused_before_the_model_is_loaded(tiny_model, monkeypatch):
+    monkeypatch.setattr("nanovllm.llm.LLMEngine", lambda config: pytest.fail("loaded first"))
+    with pytest.raises(ValueError, match=r"^tokenizer 'nowhere' is neither a folder nor a Hub id"):
+        make_llm(tiny_model(), tokenizer="nowhere")
+
+
 def test_ctrl_c_between_steps_drops_the_calls_requests(llm, monkeypatch):
     fail_at(monkeypatch, LLM, "_show", 3, KeyboardInterrupt())
     other = llm.add_request([8, 8], greedy(9))
