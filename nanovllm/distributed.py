@@ -41,6 +41,7 @@ class Group:
         self.size = size
         self.backend: Any = None
         self.peer_memory: PeerMemory | None = None
+        self.is_aborted = False
 
     def connect(self, store: dist.Store) -> None:
         """Join the other ranks, which do the same at the same store."""
@@ -86,13 +87,17 @@ class Group:
             self.backend.broadcast([x], dist.BroadcastOptions()).wait()
 
     def least(self, value: int) -> int:
-        """The least of all ranks' values; waits for them."""
-        least = self.gather(torch.tensor([[value]], device=self.device)).min()  # on rank 0
-        self.broadcast(least)
-        return int(least)
+        """The least of all ranks' values; waits for them. RuntimeError if an abort has ended that wait."""
+        tensor = self.gather(torch.tensor([[value]], device=self.device)).min()  # on rank 0
+        self.broadcast(tensor)
+        least = int(tensor)
+        if self.is_aborted:
+            raise RuntimeError("a rank has failed")
+        return least
 
     def abort(self) -> None:
         """End kernels that wait for a rank which will not come. gloo sees by itself that a connection is closed."""
+        self.is_aborted = True
         if self.peer_memory is not None:
             self.peer_memory.stop[0] = 1
         if self.is_connected and self.device.type == "cuda":

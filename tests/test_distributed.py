@@ -10,6 +10,7 @@ import threading
 import time
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -22,7 +23,7 @@ from parallel_models import FailsAtStart, FailsInTheMiddle
 from nanovllm import LLM, SamplingParams
 from nanovllm.distributed import Group
 from nanovllm.engine.memory import GIB, check_weights_fit
-from nanovllm.engine.workers import send_at_once
+from nanovllm.engine.workers import Workers, send_at_once
 from nanovllm.layers.linear import vocabulary_share
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers are joined by socket pairs")
@@ -282,13 +283,35 @@ def test_an_exception_of_a_worker_is_reported(model_class, message, tiny_model):
         llm.generate([[1, 2]], PARAMS[0], use_tqdm=False)
 
 
+def test_a_wait_that_an_abort_ends_has_no_result():
+    """It ends NCCL's kernels without an error, and without what they should have written."""
+    group = Group(size=2)
+
+    def aborted(*_):
+        group.abort()
+        return SimpleNamespace(wait=lambda: None)
+
+    group.backend = SimpleNamespace(gather=aborted, broadcast=aborted)
+    with pytest.raises(RuntimeError, match="a rank has failed"):
+        group.least(3)
+
+
+def test_a_worker_that_fails_while_rank_0_sees_no_error(tiny_model, monkeypatch):
+    begun, begin = [], Workers.begin
+    monkeypatch.setattr(Workers, "begin", lambda workers, config: begun.append(workers) or begin(workers, config))
+    monkeypatch.setattr(Group, "least", lambda group, value: begun[0].has_failed.wait(60) and value)
+    with pytest.raises(RuntimeError, match="rank 1 failed: MemoryError: no room for this rank's weights"):
+        new_llm(tiny_model("qwen3"), 2, model_class=FailsAtStart)
+
+
 def start_script(
-    folder: Path, device: str, *arguments: str, gpus: str = ""
+    folder: Path, device: str, *arguments: str, first_gpu: int = 0
 ) -> tuple[subprocess.Popen, list[psutil.Process]]:
     """A script without a main guard, and its workers, once its LLM is there. It goes on when it is told to."""
     command = [sys.executable, "-c", SCRIPT, str(folder), device, *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3").split(",")[first_gpu : first_gpu + 2]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     process = subprocess.Popen(command, **pipes, env=environment, text=True, start_new_session=True)
     assert process.stdout.readline() == "ready\n"
     workers = list(filter(is_ours, psutil.Process(process.pid).children()))
@@ -302,15 +325,15 @@ def tell(process: subprocess.Popen) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "gpus"),
+    ("device", "first_gpus"),
     [
-        ("cpu", ["", ""]),
-        pytest.param("cuda", ["0,1", "0,1"], marks=needs(2), id="same GPUs"),
-        pytest.param("cuda", ["0,1", "2,3"], marks=needs(4), id="own GPUs"),
+        ("cpu", [0, 0]),
+        pytest.param("cuda", [0, 0], marks=needs(2), id="same GPUs"),
+        pytest.param("cuda", [0, 2], marks=needs(4), id="own GPUs"),
     ],
 )
-def test_two_engines_beside_each_other_and_a_normal_exit(device, gpus, tiny_model):
-    started = [start_script(tiny_model("qwen3"), device, gpus=own) for own in gpus]
+def test_two_engines_beside_each_other_and_a_normal_exit(device, first_gpus, tiny_model):
+    started = [start_script(tiny_model("qwen3"), device, first_gpu=first) for first in first_gpus]
     for process, _ in started:
         tell(process)
     outputs = [json.loads(process.communicate(timeout=60)[0]) for process, _ in started]

@@ -91,6 +91,8 @@ class Workers:
                 self.has_failed.set()
                 self.group.abort()
                 raise
+            else:
+                self.check()  # where a rank has failed, an abort may have ended waits without an error
 
     def close(self) -> None:
         """End the model; and the processes that rank 0 has started, within seconds."""
