@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -34,8 +35,9 @@ class DecodeGraphs:
                 decode = start(size)
                 decode()  # compiles, loads and allocates what a capture must not
                 graph = torch.cuda.CUDAGraph()
+                stream = _capture_stream(torch.cuda.current_device())
                 # NCCL's own thread goes on asking about earlier work meanwhile.
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     hidden = decode()
                 self.graphs[size] = graph, hidden
         except BaseException:
@@ -58,6 +60,12 @@ class DecodeGraphs:
         """NCCL's communicators cannot be ended before graphs that use them."""
         for graph, _ in self.graphs.values():
             graph.reset()
+
+
+@cache
+def _capture_stream(device_index: int) -> torch.cuda.Stream:
+    """torch's own is of the device on which a process captures first, and serves all."""
+    return torch.cuda.Stream(device_index)
 
 
 def graph_bytes(start: StartDecode, sizes: list[int], device: torch.device) -> int:
