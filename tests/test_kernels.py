@@ -3,8 +3,10 @@
 The interpreter multiplies bfloat16 matrices wrongly: there float16 stands in for it.
 """
 
-from contextlib import nullcontext
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -285,45 +287,67 @@ def test_norm_and_rank(dtype, vocab_size, device):
     assert torch.equal(rank.long(), twin_rank)
 
 
-def run_ranks(inputs, memories, turns, stop, capacity, streams):
-    for rank, (x, stream) in enumerate(zip(inputs, streams, strict=True)):
-        with stream:
-            all_reduce(x, memories, turns[rank], stop, rank, capacity)
+RANK_OF_SUMS = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from nanovllm.kernels.all_reduce import PROGRAMS, all_reduce, memory_bytes
+rank, paths, capacity = int(sys.argv[1]), sys.argv[2:], 2**13
+memories = [torch.from_file(path, shared=True, size=memory_bytes(capacity), dtype=torch.uint8) for path in paths]
+addresses = torch.tensor([memory.data_ptr() for memory in memories])
+turns, stop = torch.zeros(PROGRAMS, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+for turn in range(8):
+    dtype = (torch.float32, torch.float16)[turn % 2]
+    inputs = torch.randn(len(paths), (64, 2048, 40, 1000)[turn // 2], generator=torch.Generator().manual_seed(turn)).to(dtype)
+    x = inputs[rank].clone()
+    all_reduce(x, addresses, turns, stop, rank, capacity)
+    assert torch.equal(x, sum(inputs.float()).to(dtype)), turn
+"""
 
 
-@pytest.mark.parametrize("is_half", [False, True])
-def test_all_reduce_of_two_ranks(device, is_half):
-    """On a GPU two streams are two ranks that wait for each other; on a CPU the first finds what the second will write."""
-    on_gpu = device == "cuda"
-    dtype = HALF[device] if is_half else torch.float32
-    capacity = 2**20 if on_gpu else 2**12
-    sizes = [64, capacity // dtype.itemsize, 40] * (10 if on_gpu else 2)
-    memories = torch.zeros(2, memory_bytes(capacity), dtype=torch.uint8, device=device)
-    addresses = torch.tensor([memory.data_ptr() for memory in memories], device=device)
-    turns = torch.zeros(2, PROGRAMS, dtype=torch.int32, device=device)
-    stop = torch.zeros(1, dtype=torch.int32, pin_memory=on_gpu)
-    streams = [torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext() for _ in range(2)]
-    if on_gpu:  # a kernel is not loaded while another one waits for it
-        stop[0] = 1
-        for size in sizes[:3]:
-            run_ranks(torch.zeros(2, size, device=device, dtype=dtype), addresses, turns, stop, capacity, streams)
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_all_reduce_of_processes(num_ranks, tmp_path):
+    """They wait for each other in the interpreter, and share files in place of GPUs' memory."""
+    paths = [str(tmp_path / str(rank)) for rank in range(num_ranks)]
+    for path in paths:
+        Path(path).write_bytes(bytes(memory_bytes(2**13)))
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK_OF_SUMS, str(rank), *paths]) for rank in range(num_ranks)]
+    try:
+        assert [rank.wait(timeout=300) for rank in ranks] == [0] * num_ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_all_reduce_of_streams(num_ranks, dtype):
+    """They are ranks that wait for each other on one GPU."""
+    capacity = 2**20
+    sizes = [64, capacity // dtype.itemsize, 40] * 10
+    memories = torch.zeros(num_ranks, memory_bytes(capacity), dtype=torch.uint8, device="cuda")
+    addresses = torch.tensor([memory.data_ptr() for memory in memories], device="cuda")
+    turns = torch.zeros(num_ranks, PROGRAMS, dtype=torch.int32, device="cuda")
+    stop = torch.ones(1, dtype=torch.int32, pin_memory=True)
+    streams = [torch.cuda.Stream() for _ in range(num_ranks)]
+
+    def run(inputs):
         torch.cuda.synchronize()
-        for written in memories, turns, stop:
-            written.zero_()
-    data_offset = memory_bytes(0)
-    for turn, size in enumerate(sizes, start=1):
-        inputs = list(torch.randn(2, size, device=device).to(dtype))
-        expected = (inputs[0].float() + inputs[1].float()).to(dtype)
-        if on_gpu:
-            torch.cuda.synchronize()
-        else:
-            flags = memories[0, :data_offset].view(torch.int32)[: 2 * PROGRAMS].view(PROGRAMS, 2)
-            flags[:, 1] = turn
-            start = data_offset + turn % 2 * capacity
-            memories[1, start : start + inputs[1].nbytes] = inputs[1].view(torch.uint8)
-        run_ranks(inputs, addresses, turns, stop, capacity, streams)
-        if on_gpu:
-            torch.cuda.synchronize()
+        for rank, (x, stream) in enumerate(zip(inputs, streams)):
+            with torch.cuda.stream(stream):
+                all_reduce(x, addresses, turns[rank], stop, rank, capacity)
+        torch.cuda.synchronize()
+
+    for size in sizes[:3]:  # stopped at once: a kernel is not loaded while another one waits for it
+        run(torch.zeros(num_ranks, size, device="cuda", dtype=dtype))
+    for written in memories, turns, stop:
+        written.zero_()
+    for size in sizes:
+        inputs = torch.randn(num_ranks, size, device="cuda").to(dtype)
+        expected = sum(inputs.float()).to(dtype)
+        run(inputs)
         assert all(torch.equal(x, expected) for x in inputs)
     assert turns.eq(len(sizes)).all()
 
