@@ -23,7 +23,7 @@ from parallel_models import FailsAtStart, FailsInTheMiddle
 from nanovllm import LLM, SamplingParams
 from nanovllm.distributed import Group
 from nanovllm.engine.memory import GIB, check_weights_fit
-from nanovllm.engine.workers import Workers, send_at_once
+from nanovllm.engine.workers import Workers, set_tcp_options
 from nanovllm.layers.linear import vocabulary_share
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers are joined by socket pairs")
@@ -266,11 +266,15 @@ def test_a_worker_that_is_killed_while_the_ranks_meet(device, tiny_model, monkey
         assert len(llm.generate([[1, 2]], PARAMS[0], use_tqdm=False)[0]["token_ids"]) == 12
 
 
-def test_messages_over_tcp_are_sent_at_once():
+def test_messages_over_tcp_are_sent_at_once_and_a_host_that_is_gone_is_noticed():
     with Listener(("127.0.0.1", 0)) as listener, Client(listener.address), listener.accept() as connection:
-        send_at_once(connection)
+        set_tcp_options(connection)
         with socket.socket(fileno=os.dup(connection.fileno())) as tcp:
             assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert tcp.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            if sys.platform == "linux":
+                assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 10
+                assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
 
 
 @pytest.mark.parametrize(
@@ -361,8 +365,9 @@ def test_ctrl_c_leaves_an_engine_that_works(device, tiny_model):
     assert psutil.wait_procs(workers, timeout=20)[1] == []
 
 
-@on_both
-def test_torchrun(device, tiny_model, tmp_path):
+@pytest.mark.parametrize(("device", "num_nodes"), [("cpu", 1), ("cpu", 2), pytest.param("cuda", 1, marks=needs(2))])
+def test_torchrun(device, num_nodes, tiny_model, tmp_path):
+    """The ranks that it starts become one engine, twice; two nodes are two torchruns on this machine."""
     folder = tiny_model("qwen3")
     script = tmp_path / "script.py"
     script.write_text(
@@ -370,20 +375,27 @@ def test_torchrun(device, tiny_model, tmp_path):
             "llm = LLM", "LLM(sys.argv[1], tensor_parallel_size=2, device=sys.argv[2], **options).close()\nllm = LLM"
         )
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command = [*torchrun, str(script), str(folder), device]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = ["--master-addr=127.0.0.1", f"--master-port={server.getsockname()[1]}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={num_nodes}", *place]
+    torchrun += [f"--nproc-per-node={2 // num_nodes}"]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, **pipes, text=True)
+    nodes = [
+        subprocess.Popen([*torchrun, f"--node-rank={i}", str(script), str(folder), device], **pipes, text=True)
+        for i in range(num_nodes)
+    ]
     try:
-        stdout, stderr = process.communicate(timeout=200)
+        outputs = [node.communicate(timeout=200) for node in nodes]
     finally:  # were they stuck, they would outlive torchrun
-        for left in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
-            left.kill()
-    assert process.returncode == 0, stderr
+        for node in [node for node in nodes if node.poll() is None]:
+            for left in [*psutil.Process(node.pid).children(recursive=True), node]:
+                left.kill()
+    assert [node.returncode for node in nodes] == [0] * num_nodes, outputs
     with new_llm(folder, 1, device=device, max_num_seqs=8) as llm:
         params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
         expected = [o["token_ids"] for o in llm.generate([[1, 2, 3], [4]], params, use_tqdm=False)]
-    assert [json.loads(line) for line in stdout.splitlines() if line.startswith("[[")] == [expected]
+    lines = "".join(stdout for stdout, _ in outputs).splitlines()
+    assert [json.loads(line) for line in lines if line.startswith("[[")] == [expected]
 
 
 @pytest.mark.parametrize(

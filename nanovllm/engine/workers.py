@@ -201,6 +201,7 @@ def _join_torchrun(size: int) -> Workers:
     if rank > 0:
         host, port, key = json.loads(store.get("nanovllm address"))
         connection = Client((host, port), authkey=key.encode())
+        set_tcp_options(connection)
         connection.send(rank)
         serve(connection, store, rank, int(os.environ["LOCAL_RANK"]), size)
         os._exit(0)
@@ -209,14 +210,19 @@ def _join_torchrun(size: int) -> Workers:
         store.set("nanovllm address", json.dumps([host, listener.address[1], key]))
         connections = sorted([listener.accept() for _ in range(size - 1)], key=Connection.recv)  # by rank
     for connection in connections:
-        send_at_once(connection)
+        set_tcp_options(connection)
     return Workers(store, connections, [])
 
 
-def send_at_once(connection: Connection) -> None:
-    """TCP would keep the end of a message until the other side has confirmed what came before it."""
+def set_tcp_options(connection: Connection) -> None:
+    """TCP would keep the end of a message until the other side has confirmed what came before it, and wait for a host that
+    is gone without a word: one that answers nothing for 20 seconds is gone."""
+    options = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 20_000}
     with socket.socket(fileno=os.dup(connection.fileno())) as tcp:
-        tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in options.items():
+            if hasattr(socket, name):  # on Linux all are there
+                tcp.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def serve(connection: Connection, store: dist.Store, rank: int, local_rank: int, size: int) -> None:
