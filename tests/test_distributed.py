@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from types import SimpleNamespace
@@ -375,27 +376,31 @@ def test_torchrun(device, num_nodes, tiny_model, tmp_path):
             "llm = LLM", "LLM(sys.argv[1], tensor_parallel_size=2, device=sys.argv[2], **options).close()\nllm = LLM"
         )
     )
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        place = ["--master-addr=127.0.0.1", f"--master-port={server.getsockname()[1]}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={num_nodes}", *place]
-    torchrun += [f"--nproc-per-node={2 // num_nodes}"]
+    place = ["--standalone"]
+    if num_nodes > 1:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            place = [f"--nnodes={num_nodes}", "--master-addr=127.0.0.1", f"--master-port={server.getsockname()[1]}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *place, f"--nproc-per-node={2 // num_nodes}"]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     nodes = [
         subprocess.Popen([*torchrun, f"--node-rank={i}", str(script), str(folder), device], **pipes, text=True)
         for i in range(num_nodes)
     ]
+    stdout = ""
     try:
-        outputs = [node.communicate(timeout=200) for node in nodes]
+        for node in nodes:
+            output, stderr = node.communicate(timeout=200)
+            assert node.returncode == 0, stderr
+            stdout += output
     finally:  # were they stuck, they would outlive torchrun
         for node in [node for node in nodes if node.poll() is None]:
             for left in [*psutil.Process(node.pid).children(recursive=True), node]:
-                left.kill()
-    assert [node.returncode for node in nodes] == [0] * num_nodes, outputs
+                with suppress(psutil.NoSuchProcess):
+                    left.kill()
     with new_llm(folder, 1, device=device, max_num_seqs=8) as llm:
         params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
         expected = [o["token_ids"] for o in llm.generate([[1, 2, 3], [4]], params, use_tqdm=False)]
-    lines = "".join(stdout for stdout, _ in outputs).splitlines()
-    assert [json.loads(line) for line in lines if line.startswith("[[")] == [expected]
+    assert [json.loads(line) for line in stdout.splitlines() if line.startswith("[[")] == [expected]
 
 
 @pytest.mark.parametrize(

@@ -200,14 +200,16 @@ def _join_torchrun(size: int) -> Workers:
         raise ValueError(f"tensor_parallel_size must be torchrun's number of ranks, {world_size}, got {size}")
     if rank > 0:
         host, port, key = json.loads(store.get("nanovllm address"))
+        store.set(f"nanovllm rank {rank}", "connects")
         connection = Client((host, port), authkey=key.encode())
         set_tcp_options(connection)
         connection.send(rank)
         serve(connection, store, rank, int(os.environ["LOCAL_RANK"]), size)
         os._exit(0)
     host, key = os.environ["MASTER_ADDR"], secrets.token_hex()
-    with Listener((host, 0), authkey=key.encode()) as listener:
+    with Listener(("", 0), authkey=key.encode()) as listener:  # a host may know itself by an address that others do not
         store.set("nanovllm address", json.dumps([host, listener.address[1], key]))
+        store.wait([f"nanovllm rank {rank}" for rank in range(1, size)], TIMEOUT)
         connections = sorted([listener.accept() for _ in range(size - 1)], key=Connection.recv)  # by rank
     for connection in connections:
         set_tcp_options(connection)
@@ -215,13 +217,14 @@ def _join_torchrun(size: int) -> Workers:
 
 
 def set_tcp_options(connection: Connection) -> None:
-    """TCP would keep the end of a message until the other side has confirmed what came before it, and wait for a host that
-    is gone without a word: one that answers nothing for 20 seconds is gone."""
+    """TCP would keep the end of a message until the other side has confirmed what came before it, and wait for ever for a
+    host that is gone without a word: one that confirms nothing for 20 seconds is gone."""
     options = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 20_000}
+    options["TCP_KEEPALIVE"] = options["TCP_KEEPIDLE"]  # its name on macOS, which has no TCP_USER_TIMEOUT
     with socket.socket(fileno=os.dup(connection.fileno())) as tcp:
         tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in options.items():
-            if hasattr(socket, name):  # on Linux all are there
+            if hasattr(socket, name):
                 tcp.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
