@@ -98,10 +98,11 @@ class Group:
     def abort(self) -> None:
         """End kernels that wait for a rank which will not come. gloo sees by itself that a connection is closed."""
         self.is_aborted = True
-        if self.peer_memory is not None:
-            self.peer_memory.stop[0] = 1
-        if self.is_connected and self.device.type == "cuda":
-            self.backend.abort()
+        backend, peer_memory = self.backend, self.peer_memory  # which another thread may be closing
+        if peer_memory is not None:
+            peer_memory.stop[0] = 1
+        if backend is not None and self.device.type == "cuda":
+            backend.abort()
 
     def close(self) -> None:
         """Leave the group, when nothing that was launched is left."""
@@ -115,14 +116,13 @@ class Group:
         """All ranks do, or none."""
         from nanovllm.peer_memory import PeerMemory
 
-        memory = PeerMemory(self.device, self.rank, self.size)
+        memory = self.peer_memory = PeerMemory(self.device, self.rank, self.size)  # closed with the group
         can_share = True
         try:
             memory.open(store)
         except OSError as error:
             logger.info("rank %d: small sums go through NCCL too: %s", self.rank, error)
             can_share = False
-        if self.least(can_share):
-            self.peer_memory = memory
-        else:
+        if not self.least(can_share):
+            self.peer_memory = None
             memory.close()

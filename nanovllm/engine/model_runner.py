@@ -5,7 +5,7 @@ Nothing between planning a step and launching it synchronises; the only wait is 
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
@@ -184,7 +184,10 @@ class ModelRunner:
         return SampledTokens(step, token_ids, asked, prompt_logprobs, copied)
 
     def close(self) -> None:
-        """Before the group is aborted. The memory is given back when the runner is gone."""
+        """Before the group is closed, whose memory what was launched may still use. Other memory is given back when the
+        runner is gone."""
+        with suppress(RuntimeError):  # after an error the device may refuse everything
+            self.synchronize()
         self.graphs.close()
 
     def synchronize(self) -> None:
