@@ -39,7 +39,7 @@ class PeerMemory:
         self.own = ctypes.c_uint64()
         self.opened: list[ctypes.c_uint64] = []
         self.addresses: Tensor | None = None  # int64 [size]
-        self.turns = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
+        self.turns = torch.zeros(PROGRAMS, dtype=torch.int64, device=device)
         self.stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
 
     def open(self, store: dist.Store) -> None:
@@ -56,7 +56,7 @@ class PeerMemory:
         self.addresses = torch.tensor(addresses, device=self.device)
 
     def fits(self, x: Tensor) -> bool:
-        return x.nbytes <= self.capacity and x.nbytes % 16 == 0
+        return 0 < x.nbytes <= self.capacity and x.nbytes % 16 == 0
 
     def all_reduce(self, x: Tensor) -> None:
         assert self.addresses is not None
@@ -72,7 +72,7 @@ class PeerMemory:
 
     def _export(self) -> str:
         self.driver = ctypes.CDLL("libcuda.so.1")
-        num_bytes = ctypes.c_size_t(memory_bytes(self.capacity))
+        num_bytes = ctypes.c_size_t(memory_bytes(self.size, self.capacity))
         self._call("cuMemAlloc_v2", ctypes.byref(self.own), num_bytes)
         self._call("cuMemsetD8_v2", self.own, ctypes.c_ubyte(0), num_bytes)
         handle = Handle()

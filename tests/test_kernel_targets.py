@@ -51,7 +51,7 @@ def attention_memory(is_decode, capability, head_dim, group, dtype):
 
 OTHERS = all_reduce_kernel, gumbel_max_kernel, least_kept_kernel, norm_and_rank_kernel, norm_rotate_store_kernel
 OTHER_TYPES = dict.fromkeys(("n", "capacity", "vocab_size", "stride", "per_split", "cos_stride"), "i32")
-OTHER_TYPES |= {"eps": "fp32"} | dict.fromkeys(("best", "memories", "slots"), "*i64")
+OTHER_TYPES |= {"eps": "fp32"} | dict.fromkeys(("best", "memories", "turns", "slots"), "*i64")
 OTHER_TYPES |= dict.fromkeys(("least", "norm", "cos_ptr", "sin_ptr"), "*fp32")
 OTHER_FLOATS = ("x", "logits", "drawn", "qkv", "q_norm", "k_norm", "k_cache", "v_cache")
 

@@ -288,14 +288,16 @@ def test_norm_and_rank(dtype, vocab_size, device):
 
 
 RANK_OF_SUMS = """
-import os, sys
+import os, signal, sys
 os.environ["TRITON_INTERPRET"] = "1"
+signal.alarm(300)  # it would wait for ever for one that has failed
 import torch
 from nanovllm.kernels.all_reduce import PROGRAMS, all_reduce, memory_bytes
 rank, paths, capacity = int(sys.argv[1]), sys.argv[2:], 2**13
-memories = [torch.from_file(path, shared=True, size=memory_bytes(capacity), dtype=torch.uint8) for path in paths]
+size = memory_bytes(len(paths), capacity)
+memories = [torch.from_file(path, shared=True, size=size, dtype=torch.uint8) for path in paths]
 addresses = torch.tensor([memory.data_ptr() for memory in memories])
-turns, stop = torch.zeros(PROGRAMS, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+turns, stop = torch.zeros(PROGRAMS, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
 for turn in range(8):
     dtype = (torch.float32, torch.float16)[turn % 2]
     inputs = torch.randn(len(paths), (64, 2048, 40, 1000)[turn // 2], generator=torch.Generator().manual_seed(turn)).to(dtype)
@@ -310,7 +312,7 @@ def test_all_reduce_of_processes(num_ranks, tmp_path):
     """They wait for each other in the interpreter, and share files in place of GPUs' memory."""
     paths = [str(tmp_path / str(rank)) for rank in range(num_ranks)]
     for path in paths:
-        Path(path).write_bytes(bytes(memory_bytes(2**13)))
+        Path(path).write_bytes(bytes(memory_bytes(num_ranks, 2**13)))
     ranks = [subprocess.Popen([sys.executable, "-c", RANK_OF_SUMS, str(rank), *paths]) for rank in range(num_ranks)]
     try:
         assert [rank.wait(timeout=300) for rank in ranks] == [0] * num_ranks
@@ -326,38 +328,39 @@ def test_all_reduce_of_processes(num_ranks, tmp_path):
 def test_all_reduce_of_streams(num_ranks, dtype):
     """They are ranks that wait for each other on one GPU."""
     capacity = 2**20
-    sizes = [64, capacity // dtype.itemsize, 40] * 10
-    memories = torch.zeros(num_ranks, memory_bytes(capacity), dtype=torch.uint8, device="cuda")
+    sizes = [64, capacity // dtype.itemsize, 40, 5000] * 25
+    memories = torch.zeros(num_ranks, memory_bytes(num_ranks, capacity), dtype=torch.uint8, device="cuda")
     addresses = torch.tensor([memory.data_ptr() for memory in memories], device="cuda")
-    turns = torch.zeros(num_ranks, PROGRAMS, dtype=torch.int32, device="cuda")
+    turns = torch.zeros(num_ranks, PROGRAMS, dtype=torch.int64, device="cuda")
     stop = torch.ones(1, dtype=torch.int32, pin_memory=True)
     streams = [torch.cuda.Stream() for _ in range(num_ranks)]
 
-    def run(inputs):
+    def run(sums):
+        """All of them on their way at once, so that a rank can be ahead."""
         torch.cuda.synchronize()
-        for rank, (x, stream) in enumerate(zip(inputs, streams)):
-            with torch.cuda.stream(stream):
-                all_reduce(x, addresses, turns[rank], stop, rank, capacity)
+        for inputs in sums:
+            for rank, (x, stream) in enumerate(zip(inputs, streams)):
+                with torch.cuda.stream(stream):
+                    all_reduce(x, addresses, turns[rank], stop, rank, capacity)
         torch.cuda.synchronize()
 
-    for size in sizes[:3]:  # stopped at once: a kernel is not loaded while another one waits for it
-        run(torch.zeros(num_ranks, size, device="cuda", dtype=dtype))
+    # stopped at once: a kernel is not loaded while another one waits for it
+    run(torch.zeros(num_ranks, size, device="cuda", dtype=dtype) for size in sizes[:4])
     for written in memories, turns, stop:
         written.zero_()
-    for size in sizes:
-        inputs = torch.randn(num_ranks, size, device="cuda").to(dtype)
-        expected = sum(inputs.float()).to(dtype)
-        run(inputs)
-        assert all(torch.equal(x, expected) for x in inputs)
+    sums = [torch.randn(num_ranks, size, device="cuda").to(dtype) for size in sizes]
+    expected = [sum(inputs.float()).to(dtype) for inputs in sums]
+    run(sums)
+    assert all(torch.equal(x, total) for inputs, total in zip(sums, expected) for x in inputs)
     assert turns.eq(len(sizes)).all()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_all_reduce_can_be_stopped():
-    memories = torch.zeros(2, memory_bytes(1024), dtype=torch.uint8, device="cuda")
+    memories = torch.zeros(2, memory_bytes(2, 1024), dtype=torch.uint8, device="cuda")
     addresses = torch.tensor([memory.data_ptr() for memory in memories], device="cuda")
-    turns = torch.zeros(PROGRAMS, dtype=torch.int32, device="cuda")
+    turns = torch.zeros(PROGRAMS, dtype=torch.int64, device="cuda")
     stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
     all_reduce(torch.zeros(64, device="cuda"), addresses, turns, stop, 0, 1024)
     done = torch.cuda.Event()

@@ -1,6 +1,6 @@
 """A sum over the GPUs of one host in one pass: every rank reads what the others wrote, at a few microseconds' cost.
 
-The twin is `Group.all_reduce` over NCCL. Each rank's memory holds flags, int32 [PROGRAMS, ranks], and then room for two
+The twin is `Group.all_reduce` over NCCL. Each rank's memory holds flags, int64 [PROGRAMS, ranks], and then room for two
 inputs, used in turn: who writes an input knows that the others have read the one before the last, for they have since told
 it that they began the last.
 """
@@ -11,12 +11,11 @@ from torch import Tensor
 
 PROGRAMS = 128  # that wait for each other: a GPU must hold them all at once
 BLOCK = 8192
-FLAG_BYTES = tl.constexpr(16384)
 
 
-def memory_bytes(capacity: int) -> int:
-    """What each rank needs for inputs of `capacity` bytes."""
-    return FLAG_BYTES.value + 2 * capacity
+def memory_bytes(size: int, capacity: int) -> int:
+    """What each of so many ranks needs for inputs of `capacity` bytes."""
+    return PROGRAMS * size * 8 + 2 * capacity
 
 
 def all_reduce(x: Tensor, memories: Tensor, turns: Tensor, stop: Tensor, rank: int, capacity: int) -> None:
@@ -24,7 +23,7 @@ def all_reduce(x: Tensor, memories: Tensor, turns: Tensor, stop: Tensor, rank: i
 
     Args:
         memories: int64 [ranks], the addresses of their memories, zero at first.
-        turns: int32 [PROGRAMS], zero at first; how many sums there have been.
+        turns: int64 [PROGRAMS], zero at first; how many sums there have been.
         stop: int32 [1] in pinned memory; 1 ends the waiting, and the sums mean nothing.
         capacity: bytes of an input at most, a multiple of 16.
     """
@@ -45,7 +44,7 @@ def all_reduce_kernel(
     start = program * share
     end = tl.minimum(start + share, n)
     if start < end:
-        offset = FLAG_BYTES + (turn & 1) * capacity
+        offset = tl.num_programs(0) * SIZE * 8 + (turn & 1) * capacity
         own = data_of(memories, RANK, offset, x)
         for i in range(start, end, BLOCK):
             element = i + tl.arange(0, BLOCK)
@@ -76,18 +75,18 @@ def data_of(memories, r, offset, x):
 
 @triton.jit
 def flag_of(memories, r, i):
-    return tl.load(memories + r).to(tl.pointer_type(tl.int32), bitcast=True) + i
+    return tl.load(memories + r).to(tl.pointer_type(tl.int64), bitcast=True) + i
 
 
 @triton.jit
 def wait_for(flag, turn, stop):
-    """A rank may be one turn ahead. Turns may overflow."""
-    ahead = tl.atomic_add(flag, 0, sem="acquire", scope="sys") - turn
+    """A rank may be one turn ahead."""
+    is_early = tl.atomic_add(flag, 0, sem="acquire", scope="sys") < turn
     spins = 0
-    while ahead < 0:
-        ahead = tl.atomic_add(flag, 0, sem="acquire", scope="sys") - turn
+    while is_early:
+        is_early = tl.atomic_add(flag, 0, sem="acquire", scope="sys") < turn
         spins += 1
         # Not joined by "and", which would read the host's memory every time.
         if spins % 1024 == 0:  # noqa: SIM102
             if tl.load(stop, volatile=True) != 0:
-                ahead = 0
+                is_early = False
