@@ -56,6 +56,13 @@ except KeyboardInterrupt:
 print(json.dumps(generate(5)), flush=True)
 """
 
+ASSERT_ALIVE = """
+import os, socket
+(connection,) = llm.engine.workers.connections
+with socket.socket(fileno=os.dup(connection.fileno())) as tcp:
+    assert tcp.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+"""
+
 
 def is_ours(process: psutil.Process) -> bool:
     """A compiler may keep processes of its own."""
@@ -375,6 +382,7 @@ def test_torchrun(device, num_nodes, tiny_model, tmp_path):
         SCRIPT.replace(
             "llm = LLM", "LLM(sys.argv[1], tensor_parallel_size=2, device=sys.argv[2], **options).close()\nllm = LLM"
         )
+        + ASSERT_ALIVE
     )
     place = ["--standalone"]
     if num_nodes > 1:
