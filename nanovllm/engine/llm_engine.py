@@ -110,10 +110,12 @@ class LLMEngine:
         atexit.unregister(self.close)
         runner, workers = self.runner, self.workers
         self.runner = self.workers = self.in_flight = None
-        if runner is not None:
-            runner.close()
-        if workers is not None:
-            workers.close()
+        try:
+            if runner is not None:
+                runner.close()
+        finally:  # Ctrl-C may come meanwhile
+            if workers is not None:
+                workers.close()
         del runner
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
