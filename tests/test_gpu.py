@@ -96,9 +96,10 @@ def test_closing_and_deleting_free_the_memory(tiny_model):
 
 def test_a_second_llm_shares_what_the_first_has_left(tiny_model):
     """What this process holds counts: the second one's utilisation is for both together."""
+    gpu_llm(tiny_model()).close()  # a process's first work on a GPU takes memory of its own
     first = gpu_llm(tiny_model())
     second = gpu_llm(tiny_model(), gpu_memory_utilization=0.15)
-    assert pool_bytes(second) == pytest.approx(pool_bytes(first) / 2, abs=GIB)  # the first CUDA work takes memory too
+    assert pool_bytes(second) == pytest.approx(pool_bytes(first) / 2, rel=0.1)
     assert run(first) == run(second)
     with pytest.raises(ValueError, match="no memory is left"):
         gpu_llm(tiny_model())
