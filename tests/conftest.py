@@ -42,7 +42,12 @@ def make_model(folder: Path, family: str, **changes: Any) -> Path:
     return folder
 
 
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+def needs_gpus(num: int) -> list[pytest.MarkDecorator]:
+    reason = "needs a CUDA device" if num == 1 else f"needs {num} CUDA devices"
+    return [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < num, reason=reason)]
+
+
+needs_gpu = needs_gpus(1)
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=needs_gpu)])

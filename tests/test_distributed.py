@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import needs_gpus
 from hypothesis import given
 from hypothesis import strategies as st
 from parallel_models import FailsAtStart, FailsInTheMiddle
@@ -145,17 +146,12 @@ def test_the_tokens_of_one_rank(family, size, changes, options, tiny_model):
     assert bool(found[-1]) == (options is PREEMPTS)
 
 
-def needs(num: int) -> list[pytest.MarkDecorator]:
-    reason = f"needs {num} CUDA devices"
-    return [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < num, reason=reason)]
-
-
-on_gpus = pytest.param("cuda", marks=needs(2))
+on_gpus = pytest.param("cuda", marks=needs_gpus(2))
 on_both = pytest.mark.parametrize("device", ["cpu", on_gpus])
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-@pytest.mark.parametrize("size", [pytest.param(size, marks=needs(size)) for size in (2, 4, 8)])
+@pytest.mark.parametrize("size", [pytest.param(size, marks=needs_gpus(size)) for size in (2, 4, 8)])
 @pytest.mark.parametrize("options", [PREEMPTS, {}, {"enforce_eager": True}], ids=["preempts", "graphs", "eager"])
 def test_gpus_give_the_tokens_of_one(family, size, options, tiny_model):
     """Of more than two, some share key-value heads."""
@@ -340,8 +336,8 @@ def tell(process: subprocess.Popen) -> None:
     ("device", "first_gpus"),
     [
         ("cpu", [0, 0]),
-        pytest.param("cuda", [0, 0], marks=needs(2), id="same GPUs"),
-        pytest.param("cuda", [0, 2], marks=needs(4), id="own GPUs"),
+        pytest.param("cuda", [0, 0], marks=needs_gpus(2), id="same GPUs"),
+        pytest.param("cuda", [0, 2], marks=needs_gpus(4), id="own GPUs"),
     ],
 )
 def test_two_engines_beside_each_other_and_a_normal_exit(device, first_gpus, tiny_model):
@@ -373,7 +369,9 @@ def test_ctrl_c_leaves_an_engine_that_works(device, tiny_model):
     assert psutil.wait_procs(workers, timeout=20)[1] == []
 
 
-@pytest.mark.parametrize(("device", "num_nodes"), [("cpu", 1), ("cpu", 2), pytest.param("cuda", 1, marks=needs(2))])
+@pytest.mark.parametrize(
+    ("device", "num_nodes"), [("cpu", 1), ("cpu", 2), pytest.param("cuda", 1, marks=needs_gpus(2))]
+)
 def test_torchrun(device, num_nodes, tiny_model, tmp_path):
     """The ranks that it starts become one engine, twice; two nodes are two torchruns on this machine."""
     folder = tiny_model("qwen3")
