@@ -219,8 +219,8 @@ def _join_torchrun(size: int) -> Workers:
 def set_tcp_options(connection: Connection) -> None:
     """TCP would keep the end of a message until the other side has confirmed what came before it, and wait for ever for a
     host that is gone without a word: one that confirms nothing for 20 seconds is gone."""
-    options = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 20_000}
-    options["TCP_KEEPALIVE"] = options["TCP_KEEPIDLE"]  # its name on macOS, which has no TCP_USER_TIMEOUT
+    options = {"TCP_NODELAY": 1, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 20_000}
+    options |= {"TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10}  # Linux's name, and macOS's
     with socket.socket(fileno=os.dup(connection.fileno())) as tcp:
         tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in options.items():
