@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanovllm.kernels.all_reduce import PROGRAMS, all_reduce, memory_bytes
+from nanovllm.kernels.all_reduce import ONE_PASS_BYTES, PROGRAMS, all_reduce, memory_bytes
 
 NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED: over NVLink
 LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-READ_BYTES = 2**24  # of the others' that a sum reads at most: NCCL moves more of them faster
+MOVED_BYTES = 2**24  # that reach a rank in one sum, at most: NCCL moves more of them faster
 
 
 class Handle(ctypes.Structure):
@@ -34,7 +34,7 @@ class PeerMemory:
         self.device = device
         self.rank = rank
         self.size = size
-        self.capacity = READ_BYTES // (size - 1) // 16 * 16  # bytes of a sum at most
+        self.capacity = MOVED_BYTES * size // (2 * size - 2) // 16 * 16  # bytes of a sum at most
         self.driver: Any = None
         self.own = ctypes.c_uint64()
         self.opened: list[ctypes.c_uint64] = []
@@ -61,6 +61,11 @@ class PeerMemory:
     def all_reduce(self, x: Tensor) -> None:
         assert self.addresses is not None
         all_reduce(x, self.addresses, self.turns, self.stop, self.rank, self.capacity)
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Load the kernels of small and of large sums before a call waits for them."""
+        for num_bytes in 256, ONE_PASS_BYTES + 256:
+            self.all_reduce(torch.zeros(num_bytes // dtype.itemsize, dtype=dtype, device=self.device))
 
     def close(self) -> None:
         """Whatever the driver says: after a failure it refuses everything."""

@@ -57,7 +57,8 @@ OTHER_FLOATS = ("x", "logits", "drawn", "qkv", "q_norm", "k_norm", "k_cache", "v
 
 def other_memory(kernel, capability, dtype):
     constants = {
-        "SHIFT": UNUSED_BITS[getattr(torch, dtype)], "HAS_LEAST": True, "BLOCK": 8192, "RANK": 0, "SIZE": 2,
+        "SHIFT": UNUSED_BITS[getattr(torch, dtype)], "HAS_LEAST": True, "BLOCK": 8192, "RANK": 0, "SIZE": 4,
+        "LANES": 4, "NUM_PASSES": 2,
         "H": 32, "H_KV": 8, "D": 128, "HEADS": 64, "HALF": 64, "HAS_NORM": True,
     }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

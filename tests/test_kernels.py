@@ -292,7 +292,9 @@ import os, signal, sys
 os.environ["TRITON_INTERPRET"] = "1"
 signal.alarm(300)  # it would wait for ever for one that has failed
 import torch
+from nanovllm.kernels import all_reduce as kernel
 from nanovllm.kernels.all_reduce import PROGRAMS, all_reduce, memory_bytes
+kernel.ONE_PASS_BYTES = 1000
 rank, paths, capacity = int(sys.argv[1]), sys.argv[2:], 2**13
 size = memory_bytes(len(paths), capacity)
 memories = [torch.from_file(path, shared=True, size=size, dtype=torch.uint8) for path in paths]

@@ -128,7 +128,7 @@ class ModelRunner:
         self.num_blocks = group.least(self._choose_num_blocks(memory, sizes))
         self.kv_cache = self._new_kv_cache(self.num_blocks)
         self.graphs = DecodeGraphs(self._start_trash_decode, sizes)
-        self._warm_up_head()
+        self._warm_up()
 
     def forward(self, step: Step, in_step: InStep | None = None) -> Launched:
         """Launch a step up to its logits; return at once. `in_step`, if there are other ranks, sends it to them."""
@@ -347,8 +347,10 @@ class ModelRunner:
         return torch.inference_mode()(lambda: self._compute(True, arrays, views))
 
     @torch.inference_mode()
-    def _warm_up_head(self) -> None:
-        """Load the kernels of the head: they differ with the size, and loading one takes longer than a step."""
+    def _warm_up(self) -> None:
+        """Load the kernels of the head, which differ with the size, and of sums: loading one takes longer than a step."""
+        if self.group.peer_memory is not None:
+            self.group.peer_memory.warm_up(self.model_config.dtype)
         for size in self.graphs.sizes:
             self._logits(self.model.norm.weight.new_zeros(size, self.model_config.hidden_size))
         self.synchronize()

@@ -1,8 +1,12 @@
-"""A sum over the GPUs of one host in one pass: every rank reads what the others wrote, at a few microseconds' cost.
+"""A sum over the GPUs of one host, a few microseconds long: the ranks read from and write to each other's memory.
 
-The twin is `Group.all_reduce` over NCCL. Each rank's memory holds flags, int64 [PROGRAMS, ranks], and then room for two
-inputs, used in turn: who writes an input knows that the others have read the one before the last, for they have since told
-it that they began the last.
+The twin is `Group.all_reduce` over NCCL. In one pass every rank reads all that the others wrote. In two, which more than two
+ranks take for what is not small, each sums its slice of all inputs, and writes the sum over that slice in all of them: no
+other rank reads it there before the ranks have met again.
+
+Each rank's memory holds flags, int64 [2 meetings, PROGRAMS, ranks], and then room for two inputs, used in turn. A rank's sums
+run one after the other: who writes an input knows that the others are done with the one before the last, for they have
+since told it that they began the last.
 """
 
 import triton
@@ -10,12 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 128  # that wait for each other: a GPU must hold them all at once
-BLOCK = 8192
+BLOCK = 4096
+ALIGNED = tl.constexpr(8)  # elements that are moved at once
+ONE_PASS_BYTES = 2**19
 
 
 def memory_bytes(size: int, capacity: int) -> int:
     """What each of so many ranks needs for inputs of `capacity` bytes."""
-    return PROGRAMS * size * 8 + 2 * capacity
+    return 2 * PROGRAMS * size * 8 + 2 * capacity
 
 
 def all_reduce(x: Tensor, memories: Tensor, turns: Tensor, stop: Tensor, rank: int, capacity: int) -> None:
@@ -27,43 +33,57 @@ def all_reduce(x: Tensor, memories: Tensor, turns: Tensor, stop: Tensor, rank: i
         stop: int32 [1] in pinned memory; 1 ends the waiting, and the sums mean nothing.
         capacity: bytes of an input at most, a multiple of 16.
     """
+    size = len(memories)
+    num_passes = 2 if size > 2 and x.nbytes > ONE_PASS_BYTES else 1
     all_reduce_kernel[(PROGRAMS,)](
-        x, memories, turns, stop, x.numel(), capacity, RANK=rank, SIZE=len(memories), BLOCK=BLOCK, num_warps=16
-    )
+        x, memories, turns, stop, x.numel(), capacity,
+        RANK=rank, SIZE=size, LANES=triton.next_power_of_2(size), NUM_PASSES=num_passes, BLOCK=BLOCK, num_warps=16,
+    )  # fmt: skip
 
 
 @triton.jit
 def all_reduce_kernel(
-    x, memories, turns, stop, n, capacity, RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
-):
-    program = tl.program_id(0)
+    x, memories, turns, stop, n, capacity,
+    RANK: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr, NUM_PASSES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
     turn = tl.load(turns + program) + 1
     tl.debug_barrier()  # every thread has read it
     tl.store(turns + program, turn)
-    share = tl.cdiv(tl.cdiv(n, BLOCK), tl.num_programs(0)) * BLOCK
-    start = program * share
-    end = tl.minimum(start + share, n)
+    slice_size = tl.cdiv(n, num_programs * SIZE * ALIGNED) * ALIGNED
+    start = program * slice_size * SIZE
+    end = tl.minimum(start + slice_size * SIZE, n)
     if start < end:
-        offset = tl.num_programs(0) * SIZE * 8 + (turn & 1) * capacity
+        offset = 2 * num_programs * SIZE * 8 + (turn & 1) * capacity
         own = data_of(memories, RANK, offset, x)
         for i in range(start, end, BLOCK):
             element = i + tl.arange(0, BLOCK)
             tl.store(own + element, tl.load(x + element, mask=element < end), mask=element < end)
-        tl.debug_barrier()  # all of it is written before anyone is told
-        for r in tl.static_range(SIZE):
-            if r != RANK:
-                tl.atomic_xchg(flag_of(memories, r, program * SIZE + RANK), turn, sem="release", scope="sys")
-        for r in tl.static_range(SIZE):
-            if r != RANK:
-                wait_for(flag_of(memories, RANK, program * SIZE + r), turn, stop)
-        tl.debug_barrier()
-        for i in range(start, end, BLOCK):
-            element = i + tl.arange(0, BLOCK)
-            total = tl.zeros([BLOCK], tl.float32)
-            for r in tl.static_range(SIZE):
-                theirs = data_of(memories, r, offset, x)
-                total += tl.load(theirs + element, mask=element < end).to(tl.float32)
-            tl.store(x + element, total.to(x.dtype.element_ty), mask=element < end)
+        meet(memories, program, turn, stop, RANK, SIZE, LANES)
+        if NUM_PASSES == 1:
+            for i in range(start, end, BLOCK):
+                element = i + tl.arange(0, BLOCK)
+                tl.store(x + element, sum_of(memories, element, end, offset, x, SIZE), mask=element < end)
+        else:
+            slice_end = tl.minimum(start + (RANK + 1) * slice_size, end)
+            for i in range(start + RANK * slice_size, slice_end, BLOCK):
+                element = i + tl.arange(0, BLOCK)
+                total = sum_of(memories, element, slice_end, offset, x, SIZE)
+                for r in tl.static_range(SIZE):
+                    tl.store(data_of(memories, r, offset, x) + element, total, mask=element < slice_end)
+            meet(memories, num_programs + program, turn, stop, RANK, SIZE, LANES)
+            for i in range(start, end, BLOCK):
+                element = i + tl.arange(0, BLOCK)
+                tl.store(x + element, tl.load(own + element, mask=element < end), mask=element < end)
+
+
+@triton.jit
+def sum_of(memories, element, end, offset, x, SIZE: tl.constexpr):
+    """Of all ranks' inputs, at `element`, in x's type."""
+    total = tl.zeros(element.shape, tl.float32)
+    for r in tl.static_range(SIZE):
+        total += tl.load(data_of(memories, r, offset, x) + element, mask=element < end).to(tl.float32)
+    return total.to(x.dtype.element_ty)
 
 
 @triton.jit
@@ -74,8 +94,17 @@ def data_of(memories, r, offset, x):
 
 
 @triton.jit
-def flag_of(memories, r, i):
-    return tl.load(memories + r).to(tl.pointer_type(tl.int64), bitcast=True) + i
+def meet(memories, place, turn, stop, RANK: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr):
+    """Tell the others that what was written for this turn is there, and wait for what they write."""
+    tl.debug_barrier()  # all threads have written theirs
+    ranks = tl.arange(0, LANES)  # told at once: one after the other would wait for each
+    flags = tl.load(memories + ranks, mask=ranks < SIZE).to(tl.pointer_type(tl.int64), bitcast=True) + place * SIZE
+    tl.atomic_xchg(flags + RANK, turn, mask=ranks < SIZE, sem="release", scope="sys")
+    own = tl.load(memories + RANK).to(tl.pointer_type(tl.int64), bitcast=True) + place * SIZE
+    for r in tl.static_range(SIZE):
+        if r != RANK:
+            wait_for(own + r, turn, stop)
+    tl.debug_barrier()
 
 
 @triton.jit
