@@ -115,7 +115,9 @@ def wait_for(flag, turn, stop):
     while is_early:
         is_early = tl.atomic_add(flag, 0, sem="acquire", scope="sys") < turn
         spins += 1
-        # Not joined by "and", which would read the host's memory every time.
-        if spins % 1024 == 0:  # noqa: SIM102
-            if tl.load(stop, volatile=True) != 0:
+        # By one thread: read by all, the host's memory keeps a rank for longer than these spins take, so that it is late for
+        # the next sum, where the others come to read it, and so on.
+        if spins % 1024 == 0:
+            first = tl.arange(0, 1024)
+            if tl.max(tl.load(stop + first, mask=first == 0, other=0, volatile=True)) != 0:
                 is_early = False
