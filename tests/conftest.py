@@ -42,15 +42,16 @@ def make_model(folder: Path, family: str, **changes: Any) -> Path:
     return folder
 
 
-def needs_gpus(num: int) -> list[pytest.MarkDecorator]:
-    reason = "needs a CUDA device" if num == 1 else f"needs {num} CUDA devices"
-    return [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < num, reason=reason)]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("gpu"):
+            (num,) = mark.args or (1,)
+            if torch.cuda.device_count() < num:
+                reason = "needs a CUDA device" if num == 1 else f"needs {num} CUDA devices"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
-needs_gpu = needs_gpus(1)
-
-
-@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -17,7 +17,6 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import needs_gpus
 from hypothesis import given
 from hypothesis import strategies as st
 from parallel_models import FailsAtStart, FailsInTheMiddle
@@ -146,12 +145,12 @@ def test_the_tokens_of_one_rank(family, size, changes, options, tiny_model):
     assert bool(found[-1]) == (options is PREEMPTS)
 
 
-on_gpus = pytest.param("cuda", marks=needs_gpus(2))
+on_gpus = pytest.param("cuda", marks=pytest.mark.gpu(2))
 on_both = pytest.mark.parametrize("device", ["cpu", on_gpus])
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-@pytest.mark.parametrize("size", [pytest.param(size, marks=needs_gpus(size)) for size in (2, 4, 8)])
+@pytest.mark.parametrize("size", [pytest.param(size, marks=pytest.mark.gpu(size)) for size in (2, 4, 8)])
 @pytest.mark.parametrize("options", [PREEMPTS, {}, {"enforce_eager": True}], ids=["preempts", "graphs", "eager"])
 def test_gpus_give_the_tokens_of_one(family, size, options, tiny_model):
     """Of more than two, some share key-value heads."""
@@ -180,7 +179,6 @@ def test_a_rank_with_less_memory(device, tiny_model):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("options", [{}, {"enforce_eager": True}], ids=["graphs", "eager"])
 def test_a_world_of_one_goes_through_nccl(options, tiny_model, monkeypatch):
     """Its all-reduces and gathers are in the graphs."""
@@ -336,8 +334,8 @@ def tell(process: subprocess.Popen) -> None:
     ("device", "first_gpus"),
     [
         ("cpu", [0, 0]),
-        pytest.param("cuda", [0, 0], marks=needs_gpus(2), id="same GPUs"),
-        pytest.param("cuda", [0, 2], marks=needs_gpus(4), id="own GPUs"),
+        pytest.param("cuda", [0, 0], marks=pytest.mark.gpu(2), id="same GPUs"),
+        pytest.param("cuda", [0, 2], marks=pytest.mark.gpu(4), id="own GPUs"),
     ],
 )
 def test_two_engines_beside_each_other_and_a_normal_exit(device, first_gpus, tiny_model):
@@ -370,7 +368,7 @@ def test_ctrl_c_leaves_an_engine_that_works(device, tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("device", "num_nodes"), [("cpu", 1), ("cpu", 2), pytest.param("cuda", 1, marks=needs_gpus(2))]
+    ("device", "num_nodes"), [("cpu", 1), ("cpu", 2), pytest.param("cuda", 1, marks=pytest.mark.gpu(2))]
 )
 def test_torchrun(device, num_nodes, tiny_model, tmp_path):
     """The ranks that it starts become one engine, twice; two nodes are two torchruns on this machine."""

@@ -8,13 +8,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import needs_gpu
 from test_modes import PARAMS, PROMPTS, assert_nothing_leaks, make_llm, run
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import ModelRunner
 
-pytestmark = needs_gpu
+pytestmark = pytest.mark.gpu
 GIB = 2**30
 HOLD_4_GIB = (
     "import torch; x = torch.empty(4 * 2**30, dtype=torch.uint8, device='cuda'); print('held', flush=True); input()"
@@ -241,7 +240,7 @@ def test_sequences_shorter_than_the_padding(block_size, tiny_model):
     assert ours == expected
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu(2)
 def test_a_device_that_is_not_the_current_one(tiny_model):
     """Beside an LLM on the current one: what the process makes once must not be of one device."""
     llms = [gpu_llm(tiny_model(), device=device) for device in ("cuda:0", "cuda:1")]

@@ -136,7 +136,6 @@ def test_models_without_qk_norm(query_lens, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("query_lens", [None, [1, 9, 1, 64, 3, 5]], ids=["decode", "prefill"])
 def test_flash_attn(head_dim, query_lens):
@@ -324,7 +323,6 @@ def test_all_reduce_of_processes(num_ranks, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_all_reduce_of_streams(num_ranks, dtype):
@@ -358,7 +356,6 @@ def test_all_reduce_of_streams(num_ranks, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_all_reduce_can_be_stopped():
     memories = torch.zeros(2, memory_bytes(2, 1024), dtype=torch.uint8, device="cuda")
     addresses = torch.tensor([memory.data_ptr() for memory in memories], device="cuda")
