@@ -25,8 +25,8 @@ class DecodeGroup(NamedTuple):
     """Decode rows of similar length, attended to as one padded batch."""
 
     rows: Tensor | slice  # places in the batch: [R] int64, or all decode rows
-    blocks: Tensor  # [R * blocks of the longest]
-    mask: Tensor  # [R, 1, 1, blocks of the longest * block_size] bool, true where there is a token
+    slots: Tensor  # [R * L], of the tokens of each row, padded to the longest in whole blocks
+    mask: Tensor  # [R, 1, 1, L] bool, true where there is a token
 
 
 class Chunk(NamedTuple):
@@ -51,10 +51,10 @@ class ReferenceAttention(AttentionBackend):
         q = q.unflatten(1, (num_kv_heads, group))  # [T, H_kv, G, D]
         out = torch.empty_like(q)
         if batch.is_decode:
-            for rows, blocks, mask in batch.attention:
+            for rows, slots, mask in batch.attention:
                 shape = (len(mask), -1, num_kv_heads, head_dim)
-                k = k_cache.index_select(0, blocks).view(shape).transpose(1, 2)  # [R, H_kv, L, D]
-                v = v_cache.index_select(0, blocks).view(shape).transpose(1, 2)
+                k = k_cache.flatten(0, 1).index_select(0, slots).view(shape).transpose(1, 2)  # [R, H_kv, L, D]
+                v = v_cache.flatten(0, 1).index_select(0, slots).view(shape).transpose(1, 2)
                 out[rows] = F.scaled_dot_product_attention(q[rows], k, v, attn_mask=mask)
             return out.flatten(1, 2)
         for start, end, context_len, blocks, mask in batch.attention:
@@ -83,8 +83,11 @@ class ReferenceAttention(AttentionBackend):
         num_blocks = -(-max_len // batch.block_size)
         positions = torch.arange(num_blocks * batch.block_size, device=batch.context_lens.device)
         mask = positions < batch.context_lens[rows].unsqueeze(1)
-        blocks = batch.block_tables[batch.rows[rows], :num_blocks]
-        return DecodeGroup(rows, blocks.flatten(), mask[:, None, None, :])
+        blocks = batch.block_tables[batch.rows[rows], :num_blocks].repeat_interleave(batch.block_size, dim=1)
+        slots = blocks * batch.block_size + positions % batch.block_size
+        # Padding is the row's own first token: a masked value still takes part, and another request's may be NaN.
+        slots = torch.where(mask, slots, slots[:, :1])
+        return DecodeGroup(rows, slots.flatten(), mask[:, None, None, :])
 
     def _chunks(self, batch: Batch) -> list[Chunk]:
         chunks = []
