@@ -141,10 +141,10 @@ def least_work(model: ModelConfig, prompt_lens: list[int], output_lens: list[int
         kv_tokens += sum(length - shared_prefix + i for i in range(1, num_outputs))
 
     m = model
-    projections = 2 * m.hidden_size * (m.num_heads + m.num_kv_heads) * m.head_dim  # q and o, k and v
-    layers = m.num_layers * (projections + 3 * m.hidden_size * m.intermediate_size)
-    kv_of_token = m.num_layers * 2 * m.num_kv_heads * m.head_dim
-    attention_flops = 2 * 2 * m.num_layers * m.num_heads * m.head_dim * attended_pairs
+    projections = 2 * m.hidden_size * (m.num_attention_heads + m.num_key_value_heads) * m.head_dim  # q and o, k and v
+    layers = m.num_hidden_layers * (projections + 3 * m.hidden_size * m.intermediate_size)
+    kv_of_token = m.num_hidden_layers * 2 * m.num_key_value_heads * m.head_dim
+    attention_flops = 2 * 2 * m.num_hidden_layers * m.num_attention_heads * m.head_dim * attended_pairs
     return LeastWork(
         kv_bytes=kv_tokens * kv_of_token * m.dtype.itemsize,
         weight_bytes=num_steps * (layers + m.vocab_size * m.hidden_size) * m.dtype.itemsize,

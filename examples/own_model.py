@@ -41,7 +41,7 @@ class GraniteAttention(Attention):
 
     def __init__(self, config: GraniteModelConfig, backend: AttentionBackend, group: Group):
         super().__init__(config, backend, group)
-        self.num_heads = group.share(config.num_heads).size
+        self.num_heads = group.share(config.num_attention_heads).size
         self.scale = config.attention_multiplier * config.head_dim**0.5
 
     def attend(self, qkv: Tensor, rotary: Rotary, cache: KVCache, batch: Batch) -> Tensor:

@@ -5,7 +5,9 @@
 
 import difflib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -15,7 +17,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
-from nanovllm.checks import check_choice, check_fields, check_int, check_positive, check_type
+from nanovllm.checks import check_choice, check_fields, check_float, check_int, check_list, check_positive, check_type
+from nanovllm.sampling_params import SamplingParams
 
 DTYPES: dict[Any, torch.dtype] = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
 DTYPES |= {dtype: dtype for dtype in DTYPES.values()}
@@ -41,6 +44,12 @@ def check_only(name: str, value: Any, only: bool, reason: str) -> bool:
     if value is not only:
         raise ValueError(f"{name} must be {only}, got {value!r}: {reason}")
     return only
+
+
+def check_token_ids(name: str, ids: Any) -> frozenset[int]:
+    """The token ids in an `eos_token_id`: None, one or a list."""
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    return frozenset(check_list(name, ids, check_int, -math.inf))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +144,15 @@ class Config:
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
-ROPE_PARAMETERS = {  # rope type: parameters it must have
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
+ROPE_PARAMETERS = {  # rope type: parameters it must have, and ones it may have
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
 }
-YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 
 
 @dataclass(frozen=True)
@@ -156,54 +167,69 @@ class RopeConfig:
     def from_hf(cls, hf: Any) -> "RopeConfig":
         """Read either spelling: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
         scaling = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
+        check_type("rope_parameters", scaling, Mapping)
         beside = {name: getattr(hf, name, None) for name in ("rope_theta", "partial_rotary_factor")}
         given = {name: value for name, value in [*beside.items(), *scaling.items()] if value is not None}
         rope_type = given.pop("rope_type", given.pop("type", "default"))
-        theta = given.pop("rope_theta", cls.theta)
-        check_choice("partial_rotary_factor of the checkpoint", given.pop("partial_rotary_factor", 1.0), (1.0,))
-        required = ROPE_PARAMETERS[check_choice("rope scaling of the checkpoint", rope_type, ROPE_PARAMETERS)]
+        theta = check_positive("rope_theta", given.pop("rope_theta", cls.theta))
+        check_choice("partial_rotary_factor", given.pop("partial_rotary_factor", 1.0), (1.0,))
+        required, optional = ROPE_PARAMETERS[check_choice("rope_type", rope_type, ROPE_PARAMETERS)]
+        if rope_type == "default":
+            return cls(theta)
         if "original_max_position_embeddings" in required:
             given.setdefault("original_max_position_embeddings", hf.max_position_embeddings)
         missing = [name for name in required if name not in given]
-        optional = YARN_OPTIONS if rope_type == "yarn" else ()
         unknown = [name for name in given if name not in required + optional]
-        if missing or (unknown and rope_type != "default"):
+        if missing or unknown:
             raise ValueError(f"rope scaling {rope_type!r}: missing {missing}, not supported {unknown}")
-        return cls(float(theta), rope_type, given)
+        for name, value in given.items():
+            if name == "truncate":
+                check_type(name, value, bool)
+            else:
+                check_float(f"{name} of rope scaling", value, 0.0, open_minimum=not name.startswith("mscale"))
+        if rope_type == "llama3" and not given["low_freq_factor"] < given["high_freq_factor"]:
+            raise ValueError(f"low_freq_factor must be less than high_freq_factor, got {given}")
+        return cls(theta, rope_type, given)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One decoder architecture by flags: Qwen3, Qwen2 and Llama differ in biases and in q/k-norm."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
+    vocab_size: Annotated[int, check_int, 1]
+    hidden_size: Annotated[int, check_int, 1]
+    intermediate_size: Annotated[int, check_int, 1]
+    num_hidden_layers: Annotated[int, check_int, 1]
+    num_attention_heads: Annotated[int, check_int, 1]
+    num_key_value_heads: Annotated[int, check_int, 1]
+    head_dim: Annotated[int, check_int, 1]
+    rms_norm_eps: Annotated[float, check_float, 0.0]
     rope: RopeConfig
-    max_position_embeddings: int
+    max_position_embeddings: Annotated[int, check_int, 1]
     tie_word_embeddings: bool
     qk_norm: bool
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
     dtype: torch.dtype
-    eos_token_ids: frozenset[int]
+    eos_token_ids: Annotated[frozenset[int], check_type, frozenset]
+    default_sampling_params: SamplingParams = field(
+        default_factory=SamplingParams
+    )  # what generation_config.json recommends
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if f.type is int:
-                check_int(f"{f.name} of the checkpoint", getattr(self, f.name), 1)
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{self.num_kv_heads} key-value heads do not divide {self.num_heads} heads")
+        check_fields(self)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads={self.num_attention_heads}, "
+                f"got {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {self.head_dim}")
 
     def check_ranks(self, size: int) -> None:
         """Raise unless the model can be cut between so many ranks, with one or more whole heads to each."""
-        heads, kv_heads, intermediate = self.num_heads, self.num_kv_heads, self.intermediate_size
+        heads, kv_heads, intermediate = self.num_attention_heads, self.num_key_value_heads, self.intermediate_size
         if heads % size or intermediate % size or (kv_heads % size and size % kv_heads):
             raise ValueError(
                 "tensor_parallel_size must divide the model's heads and intermediate size, and divide its key-value heads "
@@ -218,26 +244,28 @@ class ModelConfig:
         Raises:
             ValueError: for an architecture or a feature that this engine does not run, by name.
         """
-        check_choice("model_type of the checkpoint", hf.model_type, ARCHITECTURES)
-        for architecture in getattr(hf, "architectures", None) or ():
-            check_choice("architecture of the checkpoint", architecture, ARCHITECTURES.values())
+        check_choice("model_type", hf.model_type, ARCHITECTURES)
+        for architecture in check_list("architectures", getattr(hf, "architectures", None) or (), check_type, str):
+            check_choice("architectures", architecture, ARCHITECTURES.values())
         if getattr(hf, "quantization_config", None):
             method = dict(hf.quantization_config).get("quant_method", "of unknown kind")
             raise ValueError(f"quantised checkpoints ({method}) are not supported; bfloat16, float16 and float32 are")
-        check_choice("activation of the checkpoint", hf.hidden_act, ("silu",))
+        check_choice("hidden_act", hf.hidden_act, ("silu",))
         slides = getattr(hf, "use_sliding_window", False) and hf.max_window_layers < hf.num_hidden_layers
         if slides or "sliding_attention" in (getattr(hf, "layer_types", None) or ()):
             raise ValueError(f"sliding-window attention (window {hf.sliding_window}) is not supported")
         attention_bias = getattr(hf, "attention_bias", False)
         dtype: Any = getattr(hf, "dtype", None) or getattr(hf, "torch_dtype", None) or torch.float32
+        head_dim = getattr(hf, "head_dim", None)
+        num_heads = check_int("num_attention_heads", hf.num_attention_heads, 1)
         return cls(
             vocab_size=hf.vocab_size,
             hidden_size=hf.hidden_size,
             intermediate_size=hf.intermediate_size,
-            num_layers=hf.num_hidden_layers,
-            num_heads=hf.num_attention_heads,
-            num_kv_heads=hf.num_key_value_heads,
-            head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+            num_hidden_layers=hf.num_hidden_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=hf.num_key_value_heads,
+            head_dim=hf.hidden_size // num_heads if head_dim is None else head_dim,
             rms_norm_eps=hf.rms_norm_eps,
             rope=RopeConfig.from_hf(hf),
             max_position_embeddings=hf.max_position_embeddings,
@@ -246,30 +274,44 @@ class ModelConfig:
             qkv_bias=hf.model_type == "qwen2" or attention_bias,
             o_bias=hf.model_type != "qwen2" and attention_bias,
             mlp_bias=getattr(hf, "mlp_bias", False),
-            dtype=DTYPES[check_choice("dtype of the checkpoint", dtype, DTYPES)],
-            eos_token_ids=token_id_set(getattr(hf, "eos_token_id", None)),
+            dtype=DTYPES[check_choice("dtype", dtype, DTYPES)],
+            eos_token_ids=check_token_ids("eos_token_id", getattr(hf, "eos_token_id", None)),
         )
 
     @classmethod
     def from_folder(cls, folder: Path, read: Callable[[Any], "ModelConfig"]) -> "ModelConfig":
-        """Have `config.json` read, and read the end-of-sequence tokens of `generation_config.json` where there are any."""
+        """Have `config.json` read, and read `generation_config.json`, whose end-of-sequence tokens win.
+
+        Raises:
+            ValueError: with the file, and the field of it that is wrong.
+        """
         file = folder / "config.json"
         if "model_type" not in read_json(file):
             raise ValueError(f"model folder {str(folder)!r} has no config.json with a model_type")
-        try:
-            hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # transformers checks values too, and raises what it likes
-            raise ValueError(f"{str(file)!r} is refused by transformers: {error}") from error
-        config = read(hf)
-        eos_token_ids = token_id_set(read_json(folder / "generation_config.json").get("eos_token_id"))
-        return replace(config, eos_token_ids=eos_token_ids or config.eos_token_ids)
+        with naming(file):
+            try:
+                hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            except Exception as error:  # transformers checks values too, and raises what it likes
+                raise ValueError(f"refused by transformers: {' '.join(str(error).split())}") from error
+            config = read(hf)
+        file = folder / "generation_config.json"
+        generation = read_json(file)
+        with naming(file):
+            eos_token_ids = check_token_ids("eos_token_id", generation.get("eos_token_id"))
+            return replace(
+                config,
+                eos_token_ids=eos_token_ids or config.eos_token_ids,
+                default_sampling_params=read_sampling_params(generation),
+            )
 
     @property
     def max_len(self) -> int:
         """The longest sequence that the positions are made for."""
-        given = self.rope.parameters
+        given, num_positions = self.rope.parameters, self.max_position_embeddings
+        if self.rope.type == "linear":
+            return int(num_positions * given["factor"])
         scaled = given["factor"] * given["original_max_position_embeddings"] if self.rope.type == "yarn" else 0
-        return max(self.max_position_embeddings, int(scaled))
+        return max(num_positions, int(scaled))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -281,5 +323,23 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{str(file)!r} is damaged: {error}") from error
 
 
-def token_id_set(ids: int | list[int] | None) -> frozenset[int]:
-    return frozenset([ids] if isinstance(ids, int) else ids or ())
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Errors about what a file says are ValueErrors that name it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{str(file)!r}: {error}") from error
+
+
+def read_sampling_params(generation: Mapping[str, Any]) -> SamplingParams:
+    """What a generation config recommends: greedy where it says that nothing is sampled."""
+    names = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    names["max_tokens"] = "max_new_tokens"
+    given = {name: generation[theirs] for name, theirs in names.items() if generation.get(theirs) is not None}
+    for name in given.keys() & {"top_k", "max_tokens"}:
+        if isinstance(given[name], float) and given[name].is_integer():
+            given[name] = int(given[name])  # some files say 50.0
+    if generation.get("do_sample") is False:
+        given["temperature"] = 0.0
+    return SamplingParams(**given)

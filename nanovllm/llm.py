@@ -15,15 +15,17 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from nanovllm.chat import check_template_options, render
 from nanovllm.checks import check_list, check_type
-from nanovllm.config import Config, read_json, token_id_set
+from nanovllm.config import Config, check_token_ids
 from nanovllm.engine.llm_engine import LLMEngine, no_full_collections
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models.loader import resolve_model
 from nanovllm.outputs import CompletionOutput, Increment, RequestMetrics, RequestOutput
+from nanovllm.progress import progress_bar
 from nanovllm.prompts import Params, Prompt, Prompts, check_params, check_request, parse_requests
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.text import Detokenizer, Text
+from nanovllm.text import CompletionText, Detokenizer, Text, load_tokenizer
 
 Conversations = Seq[Mapping[str, Any]] | Seq[Seq[Mapping[str, Any]]]
 
@@ -42,12 +44,20 @@ class LLM:
 
     def __init__(self, model: str | PathLike[str], **options: Any):
         self.config = Config.from_options(model, options)
-        tokenizer = self.config.tokenizer and resolve_model(self.config.tokenizer, option="tokenizer")
-        self.engine = LLMEngine(self.config)
+        other = self.config.tokenizer
+        self._tokenizer_folder = resolve_model(other, option="tokenizer") if other is not None else None
+        folder = resolve_model(model, self.config.revision)
+        self._tokenizer_folder = self._tokenizer_folder or folder
+        self._tokenizer = load_tokenizer(self._tokenizer_folder)
+        self._text = Text(self._tokenizer) if self._tokenizer is not None else None
+        self.engine = LLMEngine(self.config, folder)
         self._ids = count()
         self._ended: list[Sequence] = []  # of `add_request`, until `step` returns them
         self._random = random.Random(self.config.seed)
-        self._text = Text(tokenizer or self.engine.folder)
+        eos_token_ids = check_token_ids("the tokenizer's eos_token_id", getattr(self._tokenizer, "eos_token_id", None))
+        eos_token_ids |= self.engine.model_config.eos_token_ids
+        vocab_size = self.engine.model_config.vocab_size
+        self._eos_token_ids = frozenset(token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size)
 
     @no_full_collections()
     def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
@@ -79,7 +89,8 @@ class LLM:
         try:
             self._start(requests.values(), finished)
             num_tokens: Counter[str] = Counter()
-            with tqdm(total=len(requests), desc="Generating", unit="request", disable=not use_tqdm) as bar:
+            options: dict[str, Any] = {"desc": "Generating", "unit": "request", "disable": not use_tqdm}
+            with progress_bar(total=len(requests), **options) as bar:
                 while len(outputs) < len(requests) and self.engine.scheduler.has_unfinished:
                     step = self.engine.step()
                     num_tokens.update(prefill=step.num_prefill_tokens, decode=step.num_decode_tokens)
@@ -108,26 +119,25 @@ class LLM:
                 vLLM's `chat_template_kwargs` is taken too.
 
         Raises:
-            TypeError, ValueError: as `generate`; no chat template, or one that refuses the conversation.
+            TypeError, ValueError: as `generate`; no chat template, or one that refuses the conversation; an option that neither
+                knows.
         """
         check_list("messages", messages, check_type, Seq | Mapping)
         tokenizer = self.tokenizer
         is_one = len(messages) > 0 and isinstance(messages[0], Mapping)
         more = check_type("chat_template_kwargs", options.pop("chat_template_kwargs", None) or {}, Mapping)
-        options = {"add_generation_prompt": True, **options, **more, "tokenize": False}
+        check_template_options(tokenizer, options)
+        options = {"add_generation_prompt": True, **options, **more}
         prompts = []
-        for i, conversation in enumerate([messages] if is_one else messages):
-            try:
-                text = tokenizer.apply_chat_template(conversation, **options)
-                token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            except Exception as error:  # a template is a program, and raises what it likes
-                raise ValueError(f"messages[{i}] is refused by the chat template: {error}") from error
-            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
+        conversations: Any = [messages] if is_one else messages
+        for i, conversation in enumerate(conversations):
+            text = render(tokenizer, f"messages[{i}]", conversation, options)
+            prompts.append({"prompt": text, "prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]})
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[Increment]:
         """As `generate`, step by step: an iterator of what is new. Leaving it drops what is not finished."""
-        return self._increments(self._make_requests(prompts, sampling_params, is_stream=True))
+        return self._increments(self._make_requests(prompts, sampling_params))
 
     def _increments(self, requests: list[list[Sequence]]) -> Iterator[Increment]:
         request_ids = {request[0].request_id for request in requests}
@@ -139,18 +149,16 @@ class LLM:
             while num_given:
                 if not all(seq.is_finished for seq in ended):
                     raise RuntimeError("an error in another call has dropped this stream's requests")
+                changed = {chunk.seq for chunk in self.engine.step().sampled}.union(ended)
                 ended.clear()
-                self.engine.step()
-                for seq, start in list(num_given.items()):
-                    num_given[seq] = seq.num_completion_tokens
+                for seq in sorted(changed & num_given.keys(), key=places.__getitem__):
+                    start, num_given[seq] = num_given[seq], seq.num_completion_tokens
                     if seq.is_finished:
                         del num_given[seq]
                     if start < seq.num_completion_tokens or seq.is_finished:
                         prompt_index, index = places[seq]
-                        completion = self._completion(seq, index, start)
-                        if seq.detokenizer is not None:
-                            completion["text"] = seq.detokenizer.take(completion["text"] if seq.is_finished else None)
-                        yield Increment(**completion, prompt_index=prompt_index)
+                        text = seq.text.take() if seq.text is not None else ""
+                        yield Increment(**self._completion(seq, index, text, start), prompt_index=prompt_index)
         finally:
             self.engine.scheduler.abort(request_ids)
 
@@ -191,10 +199,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends."""
-        recommended = read_json(self.engine.folder / "generation_config.json")
-        recommended["max_tokens"] = recommended.get("max_new_tokens")
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
-        return SamplingParams(**{name: recommended[name] for name in names if recommended.get(name) is not None})
+        return self.engine.model_config.default_sampling_params
 
     def reset_prefix_cache(self) -> None:
         """Forget what is cached, so that no later request shares it."""
@@ -211,10 +216,10 @@ class LLM:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, loaded when it is first asked for; ValueError if the folder has none."""
-        if self._text.tokenizer is None:
-            raise ValueError(f"{str(self._text.folder)!r} has no tokenizer: pass token ids, or LLM(tokenizer=...)")
-        return self._text.tokenizer
+        """The model's tokenizer; ValueError if the folder has none."""
+        if self._tokenizer is None:
+            raise ValueError(f"{str(self._tokenizer_folder)!r} has no tokenizer: pass token ids, or LLM(tokenizer=...)")
+        return self._tokenizer
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """vLLM's name of `tokenizer`."""
@@ -236,42 +241,42 @@ class LLM:
         if "engine" in self.__dict__ and not is_finalizing():
             self.close()
 
-    def _make_requests(self, prompts: Prompts, params: Params, is_stream: bool = False) -> list[list[Sequence]]:
+    def _make_requests(self, prompts: Prompts, params: Params) -> list[list[Sequence]]:
         """Validate everything that a call asks for, before anything runs; the sequences of each request, `n` of them."""
         parsed = parse_requests(prompts, params)
         texts = [request.text for request in parsed if request.token_ids is None]
         tokenized = iter(self.tokenizer(texts, verbose=False)["input_ids"] if texts else [])
         vocab_size, max_len = self.engine.model_config.vocab_size, self.engine.max_model_len
-        eos_token_ids = token_id_set(getattr(self._text.tokenizer, "eos_token_id", None))
-        eos_token_ids |= self.engine.model_config.eos_token_ids
-        eos_token_ids = frozenset(token_id for token_id in eos_token_ids if token_id < vocab_size)
         checked: set[int] = set()
         requests = []
         for name, text, token_ids, params in parsed:
             token_ids = next(tokenized) if token_ids is None else token_ids
             check_request(name, token_ids, vocab_size, max_len)
             if id(params) not in checked:  # one object may serve all prompts
-                check_params(name, params, vocab_size, eos_token_ids)
+                check_params(name, params, vocab_size, self._eos_token_ids)
                 checked.add(id(params))
             others = params if params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
             seed = self._random.getrandbits(63) if params.seed in (None, -1) else params.seed
             request_id = next(self._ids)
-            needs_text = params.stop or (is_stream and params.detokenize and self._text.tokenizer is not None)
-            samples = [
-                Sequence(
+            if params.stop:
+                self.get_tokenizer()  # there must be one
+            text_of = self._text if params.detokenize else None
+            samples = []
+            for i in range(params.n):
+                seq = Sequence(
                     request_id=request_id,
                     token_ids=array("i", token_ids),
                     # one that does not depend on n, the same in every process
                     seed=seed if i == 0 else random.Random(f"{seed}, sample {i}").getrandbits(63),
                     params=params if i == 0 else others,
                     max_tokens=min(params.max_tokens, max_len - len(token_ids)),
-                    eos_token_ids=eos_token_ids,
+                    eos_token_ids=self._eos_token_ids,
                     prompt=text,
-                    detokenizer=Detokenizer(self.tokenizer, params) if needs_text else None,
-                    text_of=self._text.of_token,
                 )
-                for i in range(params.n)
-            ]
+                if text_of is not None:
+                    seq.text = CompletionText(text_of, token_ids, params)
+                    seq.prompt_text = Detokenizer(text_of, token_ids[:1])
+                samples.append(seq)
             requests.append(samples)
         return requests
 
@@ -292,7 +297,10 @@ class LLM:
             request_id=first.request_id,
             prompt=first.prompt,
             prompt_token_ids=list(first.token_ids[: first.num_prompt_tokens]),
-            outputs=[CompletionOutput(**self._completion(seq, i)) for i, seq in enumerate(samples)],
+            outputs=[
+                CompletionOutput(**self._completion(seq, i, seq.text.text if seq.text else ""))
+                for i, seq in enumerate(samples)
+            ],
             num_cached_tokens=first.num_cached_tokens or 0,
             prompt_logprobs=None if first.params.prompt_logprobs is None else first.prompt_logprobs,
             metrics=RequestMetrics(
@@ -302,15 +310,9 @@ class LLM:
             ),
         )
 
-    def _completion(self, seq: Sequence, index: int, start: int = 0) -> dict[str, Any]:
-        """The fields of a CompletionOutput, with tokens from `start` on, and all of the text if it is finished."""
+    def _completion(self, seq: Sequence, index: int, text: str, start: int = 0) -> dict[str, Any]:
+        """The fields of a CompletionOutput, with tokens from `start` on."""
         params, token_ids = seq.params, seq.completion_token_ids
-        text = ""
-        if isinstance(seq.stop_reason, str):
-            text = seq.detokenizer.text if seq.detokenizer is not None else ""
-        elif seq.is_finished and params.detokenize:
-            is_cut = seq.finish_reason == "stop" and not params.include_stop_str_in_output
-            text = self._text.decode(token_ids[:-1] if is_cut else token_ids, params.skip_special_tokens)
         return {
             "index": index,
             "text": text,

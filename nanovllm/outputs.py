@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, repeat
 from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -15,6 +15,8 @@ class Logprob(NamedTuple):
     """One candidate at one position: its log-probability, its rank (1 is the most likely) and its text.
 
     A token that is not among the most likely ones that were asked for has the number of tokens at least as likely as it.
+    `decoded_token` is what the token adds to the text before it, special tokens too: nothing if it ends within a character,
+    the character if it completes one, so that those of the tokens drawn join to the text. None without detokenization.
     """
 
     logprob: float
@@ -23,13 +25,14 @@ class Logprob(NamedTuple):
 
 
 def candidates(
-    token_id: int, row: LogprobRow, num_top: int | None, text_of: Callable[[int], str]
+    token_id: int, row: LogprobRow, num_top: int | None, text_of: Callable[[int], str] | None
 ) -> dict[int, Logprob]:
     """A token and the `num_top` most likely ones in its place (-1 is all that are there), with their texts."""
     logprob, rank, values, ids = row
     ids = ids if num_top == -1 else ids[:num_top]
-    found = {token_id: Logprob(logprob, rank, text_of(token_id))}
-    found.update(zip(ids, map(Logprob, values, count(1), map(text_of, ids)), strict=True))
+    texts = map(text_of, [token_id, *ids]) if text_of else repeat(None, len(ids) + 1)
+    found = {token_id: Logprob(logprob, rank, next(texts))}
+    found.update(zip(ids, map(Logprob, values, count(1), texts), strict=True))
     return found
 
 
@@ -40,6 +43,9 @@ class CompletionOutput:
     `token_ids` holds every token drawn, the stop token included; `text` leaves out special tokens and what stopped it,
     unless the request wants them. `stop_reason` is the stop string, or the one of `stop_token_ids`, that stopped it; it is
     None after an end-of-sequence token. `logprobs` has one dict for each token.
+
+    `finish_reason` is "abort" where a request was dropped, and where no token could be drawn from its logits (NaN, or -inf
+    alone), as `stop_reason` then says. The last token is then one that was allowed, in place of one that was drawn.
     """
 
     index: int

@@ -1,66 +1,131 @@
-"""Text: what the tokenizer knows, and the text of one completion as its tokens come."""
+"""Text: what the tokenizer knows, and the text of a sequence as its tokens come.
 
-from functools import cache, cached_property
+There is one way from tokens to text. Results, streams, stop strings and log-probabilities all have what a `Detokenizer`
+gives out, token by token.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from functools import cache
 from pathlib import Path
 
-from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nanovllm.config import read_json
 from nanovllm.sampling_params import SamplingParams
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what tokenizers make of bytes that are no character
+MAX_WAITING = 16  # tokens that wait for the end of a character, which has at most 4 bytes; more are no character
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in `folder`, None if there is none; ValueError, which names the file, if it is damaged."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise what they like
+        for file in files:
+            if file.suffix == ".json":
+                read_json(file)
+        raise ValueError(f"{str(files[0])!r} cannot be loaded as a tokenizer: {error}") from error
 
 
 class Text:
-    """The tokenizer of a folder, loaded when it is first needed. Where there is none, every text is empty."""
+    """The text that tokens add to the one before them."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.of_token = cache(lambda token_id: self.decode([token_id]))
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.special_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self.of_token = cache(lambda token_id: self.whole([token_id]))
+        self._tokenizer = tokenizer
+        # Some tokenizers leave out a space where a text begins, so that all text is decoded after this one.
+        self._before = tokenizer.encode("a", add_special_tokens=False)
+        self._num_before = len(self._decode(self._before))
 
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        has_tokenizer = any((self.folder / name).is_file() for name in TOKENIZER_FILES)
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False) if has_tokenizer else None
+    def added(self, token_ids: Seq[int], is_beginning: bool = False) -> str:
+        """What the tokens add; `is_beginning` if there is no text before them. It ends in `INCOMPLETE` within a character."""
+        if is_beginning:
+            return self._decode(token_ids)
+        return self._decode([*self._before, *token_ids])[self._num_before :]
 
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-        if self.tokenizer is None:
-            return ""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+    def whole(self, token_ids: Seq[int], is_beginning: bool = False) -> str:
+        """What they add if it ends with a character, or if no character can be as long, else nothing."""
+        text = self.added(token_ids, is_beginning)
+        return "" if text.endswith(INCOMPLETE) and len(token_ids) < MAX_WAITING else text
+
+    def _decode(self, token_ids: Seq[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 class Detokenizer:
-    """Whole characters only: bytes wait until a token completes their character.
+    """The text of a sequence as its tokens come, in whole characters: bytes wait for those that complete their character.
 
-    `text` is what is known so far; what a stop string cuts off is not in it.
+    Args:
+        context: the tokens before the first one.
+        skipped: tokens that have no text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, params: SamplingParams):
+    def __init__(self, text: Text, context: Seq[int] = (), skipped: frozenset[int] = frozenset()):
+        self._text = text
+        self._skipped = skipped
+        self._waiting: list[int] = []  # tokens that end within a character
+        self._is_beginning = all(token_id in skipped for token_id in context)
+        # Where the context ends within a character, its last tokens wait too. They are looked for from the first of the last
+        # 4 to 7 on after which a character begins: reading from the middle of one would find none.
+        for num in range(4, 8):
+            self._waiting.clear()
+            characters = [self.add(token_id) for token_id in context[-num:]]
+            if any(characters) or not self._waiting or num >= len(context):
+                break
+        else:
+            self._waiting.clear()
+
+    @property
+    def text_of(self) -> Callable[[int], str]:
+        """A function from a token to what it would add now: its whole characters, nothing if it ends within one."""
+        if self._is_beginning or self._waiting:
+            return lambda token_id: self._text.whole([*self._waiting, token_id], self._is_beginning)
+        return self._text.of_token
+
+    def add(self, token_id: int) -> str:
+        """Add a token; returns the characters that it completes."""
+        if token_id in self._skipped:
+            return ""
+        new = self.text_of(token_id)
+        self._waiting.append(token_id)
+        if new or not self._text.added(self._waiting, self._is_beginning):
+            self._waiting.clear()
+            self._is_beginning = False
+        return new
+
+    def rest(self) -> str:
+        """The text of the tokens that still wait, when no more come."""
+        rest = self._text.added(self._waiting, self._is_beginning) if self._waiting else ""
+        self._waiting.clear()
+        return rest
+
+
+class CompletionText:
+    """The text of one completion as its tokens come; what a stop string cuts off is not in it."""
+
+    def __init__(self, text: Text, prompt_token_ids: Seq[int], params: SamplingParams):
+        self.detokenizer = Detokenizer(
+            text, prompt_token_ids, text.special_ids if params.skip_special_tokens else frozenset()
+        )
         self.text = ""
         self.stop = params.stop or ()
         self.includes_stop = params.include_stop_str_in_output
         # The last characters that are not given out yet: they may be the beginning of a stop string.
         self.num_held = 0 if self.includes_stop else max((len(stop) - 1 for stop in self.stop), default=0)
         self.num_taken = 0
-        self._tokenizer = tokenizer.backend_tokenizer
-        self._stream = DecodeStream()
-        added = tokenizer.added_tokens_decoder if params.skip_special_tokens else {}
-        self._skipped = frozenset(token_id for token_id, token in added.items() if token.special)
 
     def append(self, token_id: int, may_stop: bool = True) -> str | None:
         """Add a token; returns the stop string that its text completes, the first one if there are several."""
-        if token_id in self._skipped:
-            return None
-        try:
-            new = self._stream.step(self._tokenizer, token_id)
-        except Exception as error:  # tokenizers has no class for it
-            # An invalid byte makes another text of what came before it.
-            if not str(error).startswith("Invalid prefix"):
-                raise
-            self._stream = DecodeStream()
-            new = self._stream.step(self._tokenizer, token_id)
+        new = self.detokenizer.add(token_id)
         known = len(self.text)
-        self.text += new or ""
+        self.text += new
         if not new or not may_stop:
             return None
         starts = {stop: self.text.find(stop, max(0, known - len(stop) + 1)) for stop in self.stop}
@@ -69,15 +134,15 @@ class Detokenizer:
             self.text = self.text[: starts[found] + (len(found) if self.includes_stop else 0)]
         return found
 
-    def take(self, whole: str | None = None) -> str:
-        """The text that was not given out before; with the `whole` text of a completion that ended, all the rest.
+    def finish(self) -> str:
+        """Add, and return, what stands for a character that will not be completed."""
+        rest = self.detokenizer.rest()
+        self.text += rest
+        self.num_held = 0
+        return rest
 
-        Where invalid bytes make the whole another text than its beginning was, the rest is that of the beginning.
-        """
-        start, text = self.num_taken, self.text
-        if whole is None:
-            text = text[: max(start, len(text) - self.num_held)]
-        elif whole.startswith(text[:start]):
-            text = whole
-        self.num_taken = len(text)
-        return text[start:]
+    def take(self) -> str:
+        """The text that was not given out before, but for what may yet be cut off."""
+        start = self.num_taken
+        self.num_taken = max(start, len(self.text) - self.num_held)
+        return self.text[start : self.num_taken]

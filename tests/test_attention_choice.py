@@ -12,7 +12,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def config(head_dim=64, dtype=torch.bfloat16):
-    return SimpleNamespace(num_heads=4, num_kv_heads=2, head_dim=head_dim, dtype=dtype)
+    return SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim, dtype=dtype)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from nanovllm import LLM
+from nanovllm import LLM, SamplingParams
 from nanovllm.attention import AttentionBackend
 from nanovllm.config import Config, ModelConfig, RopeConfig
 from nanovllm.engine.memory import GIB, available_host_memory, cuda_pool_bytes
@@ -219,9 +219,9 @@ def test_every_size_is_read() -> None:
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         head_dim=16,
         rms_norm_eps=1e-5,
         rope=RopeConfig(theta=10000.0),
@@ -305,23 +305,20 @@ def test_dtype_is_read_as_a_name_or_as_a_dtype_and_is_float32_where_there_is_non
 SLIDING = {"use_sliding_window": True, "sliding_window": 16}
 
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
-    "mistral": (
-        MistralConfig(**TINY),
-        "model_type of the checkpoint must be 'qwen3' or 'qwen2' or 'llama', got 'mistral'",
-    ),
-    "mixture of experts": (Qwen3MoeConfig(**TINY), "model_type of the checkpoint .*, got 'qwen3_moe'"),
+    "mistral": (MistralConfig(**TINY), "model_type must be 'qwen3' or 'qwen2' or 'llama', got 'mistral'"),
+    "mixture of experts": (Qwen3MoeConfig(**TINY), "model_type must .*, got 'qwen3_moe'"),
     "classifier": (new_config(architectures=["LlamaForSequenceClassification"]), "'LlamaForSequenceClassification'"),
     "quantised": (new_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised .*gptq"),
-    "gelu": (new_config(hidden_act="gelu"), "activation of the checkpoint must be 'silu', got 'gelu'"),
-    "int8": (new_config(dtype="int8"), "dtype of the checkpoint .*torch.int8"),
-    "float8": (old_config(torch_dtype="float8_e4m3fn"), "dtype of the checkpoint .*float8_e4m3fn"),
+    "gelu": (new_config(hidden_act="gelu"), "hidden_act must be 'silu', got 'gelu'"),
+    "int8": (new_config(dtype="int8"), "dtype must .*torch.int8"),
+    "float8": (old_config(torch_dtype="float8_e4m3fn"), "dtype must .*float8_e4m3fn"),
     "dynamic rope": (
         old_config(rope_scaling={"type": "dynamic", "factor": 2.0}),
-        "rope scaling of the checkpoint .* or 'yarn', got 'dynamic'",
+        "rope_type must .* or 'yarn', got 'dynamic'",
     ),
     "longrope": (
         old_config(rope_scaling={"rope_type": "longrope", "factor": 2.0}),
-        "rope scaling of the checkpoint .* or 'yarn', got 'longrope'",
+        "rope_type must .* or 'yarn', got 'longrope'",
     ),
     "no factor": (old_config(rope_scaling={"type": "linear"}), r"'linear': missing \['factor'\]"),
     "no low_freq_factor": (
@@ -363,7 +360,7 @@ def test_what_is_not_supported_is_refused_by_name(hf: Any, message: str) -> None
     ids=["off", "no layer uses it", "qwen3"],
 )
 def test_a_sliding_window_that_no_layer_uses_is_accepted(hf: Any) -> None:
-    assert ModelConfig.from_hf(hf).num_layers == 3
+    assert ModelConfig.from_hf(hf).num_hidden_layers == 3
 
 
 def test_a_partial_rotary_factor_of_one_is_accepted() -> None:
@@ -374,14 +371,14 @@ def test_a_partial_rotary_factor_of_one_is_accepted() -> None:
     ("rope_scaling", "max_positions", "max_len"),
     [
         (None, 128, 128),
-        ({"type": "linear", "factor": 4.0}, 128, 128),
+        ({"type": "linear", "factor": 4.0}, 128, 512),
         ({"type": "yarn", **YARN}, 64, 256),
         ({"type": "yarn", **YARN}, 256, 256),
         ({"type": "yarn", **YARN}, 512, 512),
         ({"type": "yarn", "factor": 2.5}, 64, 160),
     ],
 )
-def test_max_len_is_the_positions_or_what_yarn_makes_of_them(
+def test_max_len_is_the_positions_or_what_scaling_makes_of_them(
     rope_scaling: Any, max_positions: int, max_len: int
 ) -> None:
     hf = old_config(rope_scaling=rope_scaling, max_position_embeddings=max_positions)
@@ -446,7 +443,10 @@ def test_a_damaged_config_is_named(tmp_path: Path, name: str, content: bytes) ->
     [
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0}}, "longrope"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0}}, "factor"),
-        ({"num_attention_heads": 0}, r"config\.json' is refused by transformers"),
+        (
+            {"num_attention_heads": 0},
+            r"config\.json': (refused by transformers|num_attention_heads must be at least 1)",
+        ),
     ],
     ids=["longrope", "no factor", "no heads"],
 )
@@ -463,7 +463,7 @@ def test_what_transformers_refuses_in_a_folder_is_a_value_error_too(
     ("config", "message"),
     [
         ({"model_type": "no_such_model"}, "no_such_model"),
-        ({"model_type": "mistral"}, "model_type of the checkpoint .*got 'mistral'"),
+        ({"model_type": "mistral"}, "model_type must .*got 'mistral'"),
         ({}, "has no config.json with a model_type"),
     ],
 )
@@ -473,6 +473,67 @@ def test_a_folder_of_another_model_type_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_folder(tmp_path, ModelConfig.from_hf)
+
+
+NAN = float("nan")
+DAMAGED = {
+    "config.json": [
+        {"eos_token_id": "x"},
+        {"eos_token_id": ["263"]},
+        {"eos_token_id": [None]},
+        {"eos_token_id": 2.5},
+        {"architectures": 7},
+        {"rope_parameters": {"rope_type": "linear", "factor": "2", "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 0, "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "linear", "factor": -1, "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": -5}},
+        {"rms_norm_eps": -1.0},
+        {"rms_norm_eps": NAN},
+        {"head_dim": 0},
+        {"head_dim": 7},
+        {"num_key_value_heads": 3},
+        {"max_position_embeddings": 0},
+    ],
+    "generation_config.json": [
+        {"eos_token_id": "x"},
+        {"eos_token_id": [2.5]},
+        {"temperature": "hot"},
+        {"top_k": 2.5},
+        {"top_p": 0},
+        {"max_new_tokens": -3},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [(name, wrong) for name, cases in DAMAGED.items() for wrong in cases], ids=str
+)
+def test_a_damaged_value_is_named_with_its_file(tmp_path: Path, name: str, wrong: dict[str, Any]) -> None:
+    new_config().save_pretrained(tmp_path)
+    file = tmp_path / name
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | wrong))
+    (field,) = wrong
+    field = {"rope_parameters": "factor|rope_theta", "max_new_tokens": "max_tokens"}.get(field, field)
+    with pytest.raises(ValueError, match=f"(?s){re.escape(str(file))}'.*({field})"):
+        ModelConfig.from_folder(tmp_path, ModelConfig.from_hf)
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({}, {}),
+        ({"temperature": 0.6, "top_p": 0.9, "min_p": None, "max_new_tokens": 7}, {"temperature": 0.6, "top_p": 0.9, "max_tokens": 7}),
+        ({"do_sample": True, "top_k": 50.0}, {"top_k": 50}),
+        ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.0}),
+    ],
+)  # fmt: skip
+def test_sampling_params_are_what_the_generation_config_means(
+    tmp_path: Path, generation: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    new_config().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    config = ModelConfig.from_folder(tmp_path, ModelConfig.from_hf)
+    assert config.default_sampling_params == SamplingParams(**expected)
 
 
 def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
 from hypothesis import given, settings
@@ -17,7 +16,6 @@ from test_llm import greedy
 from test_modes import EXTRAS, PROMPTS, assert_nothing_leaks, make_llm, run
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.text import Detokenizer
 
 
 @pytest.fixture
@@ -108,7 +106,6 @@ def test_an_error_in_the_middle_gives_no_request_with_a_completion_missing(llm):
 SCRIPT = """
 import sys
 from nanovllm import LLM, SamplingParams
-from nanovllm.text import Detokenizer
 llm = LLM(sys.argv[1], device="cpu", max_model_len=64, use_tqdm=False, num_kvcache_blocks=50)
 params = SamplingParams(n=3, seed=11, max_tokens=10, top_p=0.9, presence_penalty=0.5)
 (output,) = llm.generate([[1, 2, 3]], params, use_tqdm=False)
@@ -316,6 +313,68 @@ def test_wrong_conversations_are_refused_by_name(demo, llm):
         llm.chat([{"role": "user", "content": "a"}])
 
 
+QWEN_3 = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% set content = message.content if message.content is string else '' %}{{ content }}<|im_end|>
+{% endfor %}"""
+LLAMA_3 = "{% for message in messages %}<|{{ message.role }}|>{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+SMOLLM_2 = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}{% endfor %}"
+LOOPS = """{% for message in messages %}<|{{ message.role }}|>{% if message.content is string %}{{ message.content }}
+{%- else %}{% for part in message.content %}{{ part.text }}{% if not loop.last %} + {% endif %}{% endfor %}{% endif %}
+{%- endfor %}"""
+ONLY_PARTS = (
+    "{% for message in messages %}{% for part in message.content %}<{{ part['text'] }}>{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (QWEN_3, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is\nthis?<|im_end|>\n"),
+        (LLAMA_3, "<|system|>Be brief.<|eot_id|><|user|>What is\nthis?<|eot_id|>"),
+        (SMOLLM_2, "<|im_start|>system\nBe brief.<|im_start|>user\nWhat is\nthis?"),
+        (LOOPS, "<|system|>Be brief.<|user|>What is + this?"),
+    ],
+    ids=["Qwen 3", "Llama 3", "SmolLM 2", "loops"],
+)
+def test_content_in_parts_is_what_the_template_takes(template, expected, demo):
+    """A template that goes through the parts gets them, any other their texts, joined by newlines as in vLLM."""
+    parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "this?"}]
+    for content in parts, tuple(parts), ["What is", parts[1]]:
+        chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
+        (output,) = demo.chat(chat, greedy(1), use_tqdm=False, chat_template=template)
+        assert output.prompt == expected
+
+
+def test_a_template_that_takes_parts_alone_gets_them(demo):
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    assert demo.chat(chat, greedy(1), use_tqdm=False, chat_template=ONLY_PARTS)[0].prompt == "<a><b>"
+
+
+def test_content_that_is_no_text_is_refused(demo):
+    image = {"type": "image_url", "image_url": {"url": "x.png"}}
+    for wrong, error in ([image], ValueError), ([{"type": "text"}], ValueError), ([7], ValueError), (image, TypeError):
+        with pytest.raises(error, match=r"content of messages\[1\]\[0\] must"):
+            demo.chat([[{"role": "user", "content": "a"}], [{"role": "user", "content": wrong}]])
+
+
+def test_a_tool_call_may_have_no_content(demo):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    chat = [{"role": "user", "content": [{"type": "text", "text": "Call f."}]}, call]
+    template = (
+        "{% for m in messages %}[{{ m.content if m.content is string else m.tool_calls[0].function.name }}]{% endfor %}"
+    )
+    assert demo.chat(chat, greedy(1), use_tqdm=False, chat_template=template)[0].prompt == "[Call f.][f]"
+
+
+def test_an_option_that_nobody_knows_is_refused(demo):
+    chat = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(TypeError, match="unknown option 'lora_requst'"):
+        demo.chat(chat, lora_requst=None)
+    template = "{% generation %}{{ messages[0].content }}{% endgeneration %}{{ lora_requst }}"
+    assert demo.chat(chat, greedy(1), use_tqdm=False, chat_template=template, lora_requst=None)[0].prompt == "HiNone"
+    demo.chat(chat, greedy(1), use_tqdm=False, documents=None, continue_final_message=False)  # transformers' own
+
+
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
@@ -449,14 +508,11 @@ def test_reset_prefix_cache_forgets_also_while_requests_run(llm):
 def test_default_sampling_params_are_the_checkpoints(tiny_model, tmp_path):
     llm = make_llm(tiny_model())
     assert llm.get_default_sampling_params() == SamplingParams()
-    for file in Path(llm.engine.folder).iterdir():
+    for file in Path(tiny_model()).iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "generation_config.json").unlink(missing_ok=True)
-    (tmp_path / "generation_config.json").write_text(
-        '{"temperature": 0.6, "top_k": 20, "top_p": 0.95, "max_new_tokens": 7, "repetition_penalty": null, "do_sample": true}'
-    )
-    expected = SamplingParams(temperature=0.6, top_k=20, top_p=0.95, max_tokens=7)
-    assert make_llm(tmp_path).get_default_sampling_params() == expected
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20}')
+    assert make_llm(tmp_path).get_default_sampling_params() == SamplingParams(temperature=0.6, top_k=20)
 
 
 def test_half_a_surrogate_pair_is_refused_by_name(demo):
@@ -573,29 +629,6 @@ def test_an_interrupt_while_results_are_made_loses_none(llm, monkeypatch):
     assert_nothing_leaks(llm)
 
 
-def byte_fallback_tokenizer():
-    """As Llama 2's: a character that has no token is written in bytes."""
-    vocabulary = {f"<0x{i:02X}>": i for i in range(256)} | {"▁a": 256, "▁do": 257}
-    model = tokenizers.models.BPE(vocabulary, [], byte_fallback=True, fuse_unk=True)
-    tokenizer = tokenizers.Tokenizer(model)
-    d = tokenizers.decoders
-    tokenizer.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-@given(st.lists(st.one_of(st.integers(0, 257), st.integers(0x30, 0x33), st.integers(256, 257)), max_size=12))
-def test_bytes_that_make_no_character_break_no_stream(token_ids):
-    text = Detokenizer(byte_fallback_tokenizer(), SamplingParams(stop="zzz"))
-    given_out = ""
-    for token_id in token_ids:
-        text.append(token_id)
-        given_out += text.take()
-    whole = byte_fallback_tokenizer().decode(token_ids)
-    rest = text.take(whole)
-    if all(token_id >= 256 or 0x20 < token_id < 0x7F for token_id in token_ids):
-        assert given_out + rest == whole
-
-
 # --- every promise, on random parameters -----------------------------------------------------------------------------
 
 parameters = st.fixed_dictionaries(
@@ -683,13 +716,3 @@ def test_requests_that_ask_for_nothing_are_not_changed_by_those_that_do(llm):
     alone = run(llm, PROMPTS[:4], [plain] * 4)
     beside = [plain] * 4 + [SamplingParams(max_tokens=20, seed=2, **extras) for extras in EXTRAS]
     assert run(llm, PROMPTS[:4] + PROMPTS[: len(EXTRAS)], beside)[:4] == alone
-
-
-@pytest.mark.parametrize("skip", [True, False])
-def test_a_stream_skips_the_special_tokens_that_the_whole_text_skips(demo_model, skip):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model)
-    token_ids = [*range(17), *tokenizer("Hi there, <repo_name>you<|im_end|>.")["input_ids"]]
-    detokenizer = Detokenizer(tokenizer, SamplingParams(skip_special_tokens=skip))
-    for token_id in token_ids:
-        detokenizer.append(token_id)
-    assert detokenizer.text == tokenizer.decode(token_ids, skip_special_tokens=skip)

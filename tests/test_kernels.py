@@ -34,7 +34,9 @@ HALF = {"cpu": torch.float16, "cuda": torch.bfloat16}
 
 
 def model(num_heads, num_kv_heads, head_dim, dtype):
-    return SimpleNamespace(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype)
+    return SimpleNamespace(
+        num_attention_heads=num_heads, num_key_value_heads=num_kv_heads, head_dim=head_dim, dtype=dtype
+    )
 
 
 def make_case(config, device, block_size, context_lens, query_lens=None, has_norm=True):
@@ -51,7 +53,7 @@ def make_case(config, device, block_size, context_lens, query_lens=None, has_nor
     positions = torch.tensor([p for _, end, n in pairs for p in range(end - n, end)])
     token_rows = torch.tensor([row for row, _, n in pairs for _ in range(n)])
     slots = tables[token_rows, positions // block_size] * block_size + positions % block_size
-    num_heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    num_heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     qkv = torch.randn(len(positions), num_heads + 2 * kv_heads, head_dim, generator=generator)
     caches = torch.randn(2, num_rows * per_row, block_size, kv_heads, head_dim, generator=generator)
     norms = None
@@ -232,6 +234,22 @@ def test_gumbel_max_passes_over_what_is_below_the_least(device):
     least = torch.full((50,), 2.0, device=device)
     drawn = gumbel_max(logits, least, rows, rows, sampling)
     assert set(drawn.tolist()) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_k": 7, "top_p": 0.9, "min_p": 0.1}], ids=str)
+def test_gumbel_max_marks_rows_from_which_no_token_can_be_drawn(params, device):
+    """All logits are -inf, or all or one are NaN, in whichever program's columns."""
+    logits = torch.randn(5, 5000, device=device)
+    logits[1] = -torch.inf
+    logits[2] = torch.nan
+    logits[3, 4321] = torch.nan
+    packed = [pack_sampling(SamplingParams(**params), i, 5000) for i in range(5)]
+    sampling = torch.from_numpy(np.array(packed)).to(device)
+    rows = torch.arange(5, dtype=torch.int32, device=device)
+    least = truncation.least_kept(logits, rows, sampling) if "top_k" in params else None
+    drawn = gumbel_max(logits, least, rows, rows, sampling).tolist()
+    assert drawn[1:4] == [-1, -1, -1]
+    assert min(drawn[0], drawn[4]) >= 0
 
 
 TRUNCATIONS = [

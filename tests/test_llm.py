@@ -3,12 +3,15 @@
 import gc
 import logging
 import math
+import shutil
 import subprocess
 import sys
 import weakref
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from test_modes import assert_nothing_leaks, make_llm
 
 from nanovllm import LLM, SamplingParams
@@ -189,6 +192,14 @@ def test_no_prompts_give_no_results(llm):
 def test_a_completion_that_reaches_max_model_len_ends_with_length(llm):
     outputs = llm.generate([[2] * 127, [3] * 120], greedy(64), use_tqdm=False)
     assert [(len(o["token_ids"]), o["finish_reason"]) for o in outputs] == [(1, "length"), (8, "length")]
+
+
+def test_a_length_up_to_what_linear_scaling_makes_is_honoured(tiny_model):
+    """Vicuna's config says the length before scaling."""
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    model = tiny_model("llama", max_position_embeddings=64, rope_parameters=rope)
+    assert make_llm(model, max_model_len=250).max_model_len == 250
+    assert make_llm(model, max_model_len=1000).max_model_len == 256
 
 
 def test_max_model_len_is_lowered_to_the_models(tiny_model):
@@ -435,7 +446,7 @@ def test_the_highest_temperature_draws_only_what_is_kept(llm):
 
 
 def test_a_tokenizer_that_is_not_there_is_refused_before_the_model_is_loaded(tiny_model, monkeypatch):
-    monkeypatch.setattr("nanovllm.llm.LLMEngine", lambda config: pytest.fail("loaded first"))
+    monkeypatch.setattr("nanovllm.llm.LLMEngine", lambda *_: pytest.fail("loaded first"))
     with pytest.raises(ValueError, match=r"^tokenizer 'nowhere' is neither a folder nor a Hub id"):
         make_llm(tiny_model(), tokenizer="nowhere")
 
@@ -593,9 +604,120 @@ def test_the_cpu_pool_takes_what_is_needed_or_a_quarter_of_the_memory(tiny_model
     assert make_llm(tiny_model(), num_kvcache_blocks=-1, max_num_seqs=10).engine.runner.num_blocks == 50
 
 
-def test_a_tokenizer_is_loaded_when_it_is_needed_and_may_be_elsewhere(tiny_model, demo_model):
+def test_a_tokenizer_may_be_elsewhere(tiny_model, demo_model):
     llm = LLM(tiny_model(vocab_size=49152), tokenizer=demo_model, max_model_len=64, use_tqdm=False)
-    assert "tokenizer" not in vars(llm._text)
     (output,) = llm.generate("Hello there", greedy(4), use_tqdm=False)
     assert output.prompt_token_ids == llm.tokenizer("Hello there")["input_ids"]
     assert output["text"]
+
+
+# --- requests that touch nobody else ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def overflowing_model(tiny_model, tmp_path_factory):
+    """A model in float16 that makes NaNs of token 5."""
+    folder = shutil.copytree(tiny_model(), tmp_path_factory.mktemp("overflowing") / "model")
+    tensors = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors["model.embed_tokens.weight"][5] *= 1e6
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_backend": "reference"}, {"kvcache_block_size": 64}], ids=str)
+def test_a_request_of_nans_changes_no_other(options, overflowing_model, device, caplog):
+    llm = make_llm(overflowing_model, dtype="float16", device=device, enable_prefix_caching=False, **options)
+    healthy = [[(7 * i + j) % 100 + 6 for j in range(3 + 5 * i % 90)] for i in range(20)]
+    expected = [output["token_ids"] for output in llm.generate(healthy, greedy(12), use_tqdm=False)]
+    mixed = llm.generate([[5] * 66, *healthy], greedy(12), use_tqdm=False)
+    after = llm.generate(healthy, greedy(12), use_tqdm=False)
+    assert [output["token_ids"] for output in mixed[1:]] == expected
+    assert [output["token_ids"] for output in after] == expected
+    assert (mixed[0]["finish_reason"], len(mixed[0]["token_ids"])) == ("abort", 1)
+    assert caplog.text.count(f"requests [{mixed[0].request_id}] are aborted: no token can be drawn") == 1
+
+
+def test_flash_attn_keeps_nans_apart_too(overflowing_model, device):
+    pytest.importorskip("flash_attn")
+    if device == "cpu":
+        pytest.skip("flash-attn needs a GPU")
+    test_a_request_of_nans_changes_no_other({"attention_backend": "flash-attn"}, overflowing_model, device, None)
+
+
+@pytest.mark.parametrize("bad", [-math.inf, math.nan])
+def test_where_no_token_can_be_drawn_the_request_is_aborted(bad, tiny_model, device, caplog):
+    """By a processor that bans every token, after three of them. An allowed one takes the place of the one not drawn."""
+    llm = make_llm(tiny_model(), device=device)
+
+    def give_up(token_ids, logits):
+        return logits if len(token_ids) < 3 else logits.fill_(bad)
+
+    stuck = {"max_tokens": 9, "logits_processors": [give_up], "logprobs": 2}
+    params = [
+        SamplingParams(temperature=0, allowed_token_ids=[70, 71], **stuck),
+        SamplingParams(n=2, top_p=0.5, min_tokens=9, stop_token_ids=[0, 1], **stuck),
+        greedy(9),
+    ]
+    outputs = llm.generate(PROMPTS[:3], params, use_tqdm=False)
+    samples = [sample for output in outputs for sample in output.outputs]
+    assert [sample.finish_reason for sample in samples] == ["abort"] * 3 + ["length"]
+    for sample in samples[:3]:
+        assert "no token can be drawn" in sample.stop_reason
+        assert len(sample.token_ids) == len(sample.logprobs) == 4
+        assert math.isnan(sample.logprobs[3][sample.token_ids[3]].logprob)
+    assert samples[0].token_ids[3] == 70
+    assert samples[1].token_ids[3] == samples[2].token_ids[3] == 2
+    assert samples[3].token_ids == llm.generate([PROMPTS[2]], greedy(9), use_tqdm=False)[0]["token_ids"]
+    assert caplog.text.count("are aborted") == 1
+    assert_nothing_leaks(llm)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_callers_autocast_changes_nothing(dtype, tiny_model, device):
+    llm = make_llm(tiny_model(), device=device)
+    params = SamplingParams(max_tokens=9, seed=1, logprobs=3)
+
+    def logprobs(llm):
+        return [output["logprobs"] for output in llm.generate(PROMPTS, params, use_tqdm=False)]
+
+    expected = logprobs(llm)
+    with torch.autocast(device, dtype=dtype):
+        assert logprobs(llm) == expected
+        assert logprobs(make_llm(tiny_model(), device=device)) == expected
+        assert torch.is_autocast_enabled(device)
+
+
+def test_nobody_reads_the_progress_bar(tiny_model):
+    """python script.py 2>&1 | head"""
+    script = f"""
+import os, sys
+read, write = os.pipe()
+os.close(read)
+os.dup2(write, 2)
+from nanovllm import LLM, SamplingParams
+llm = LLM({str(tiny_model())!r}, device="cpu", max_model_len=64, num_kvcache_blocks=50)
+outputs = llm.generate([[1, 2], [3]] * 20, SamplingParams(max_tokens=9, ignore_eos=True))
+print(sum(len(output["token_ids"]) for output in outputs))
+"""
+    process = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.strip() == str(40 * 9)
+
+
+@pytest.mark.slow
+def test_memory_on_a_cpu_is_level_after_a_while(tiny_model):
+    """oneDNN keeps a kernel for every number of rows."""
+    script = f"""
+import os, psutil, random
+from nanovllm import LLM, SamplingParams
+llm = LLM({str(tiny_model())!r}, device="cpu", max_model_len=256, max_num_seqs=64, num_kvcache_blocks=2000, use_tqdm=False)
+draw = random.Random(0)
+for i in range(150):
+    prompts = [[draw.randrange(128)] * draw.randint(1, 150) for _ in range(draw.randint(1, 40))]
+    params = [SamplingParams(max_tokens=draw.randint(1, 20), ignore_eos=True) for _ in prompts]
+    llm.generate(prompts, params, use_tqdm=False)
+    if i in (69, 149):
+        print(psutil.Process().memory_info().rss)
+"""
+    process = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True)
+    after_70, after_150 = map(int, process.stdout.split())
+    assert after_150 - after_70 < 30 * 2**20

@@ -1,5 +1,6 @@
 """The loader: where a checkpoint comes from, what is read of it, and what is refused by name."""
 
+import json
 import pickle
 import re
 import shutil
@@ -22,7 +23,7 @@ from nanovllm.config import ModelConfig
 from nanovllm.distributed import Group, Share
 from nanovllm.layers.linear import ColumnParallelLinear, Linear
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.loader import load_dummy, load_weights, resolve_model
+from nanovllm.models.loader import Tensors, fit_config, load_dummy, load_weights, read_headers, resolve_model
 
 WEIGHTS = "model.safetensors"
 TINY: dict[str, Any] = {
@@ -92,14 +93,11 @@ def opened() -> Iterator[set[str]]:
     is_on = False
 
 
-def new_decoder(folder: Path, **changes: Any) -> Decoder:
+def new_decoder(folder: Path, tensors: Tensors | None = None, **changes: Any) -> Decoder:
     """A decoder for the checkpoint, all NaN: what is not filled shows."""
-    decoder = Decoder(
-        replace(ModelConfig.from_folder(folder, ModelConfig.from_hf), **changes),
-        ReferenceAttention(),
-        Group(),
-        max_len=64,
-    )
+    config = replace(ModelConfig.from_folder(folder, ModelConfig.from_hf), **changes)
+    config = config if tensors is None else fit_config(config, tensors)
+    decoder = Decoder(config, ReferenceAttention(), Group(), max_len=64)
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.fill_(float("nan"))
@@ -107,9 +105,10 @@ def new_decoder(folder: Path, **changes: Any) -> Decoder:
 
 
 def load(folder: Path, **changes: Any) -> Decoder:
-    decoder = new_decoder(folder, **changes)
+    tensors = read_headers(folder)
+    decoder = new_decoder(folder, tensors, **changes)
     with torch.inference_mode():
-        load_weights(decoder, folder, show_progress=False)
+        load_weights(decoder, tensors, show_progress=False)
     return decoder
 
 
@@ -170,16 +169,34 @@ def test_a_tied_head_is_the_embedding_itself(saved: Any) -> None:
     assert decoder.lm_head.weight is decoder.embed_tokens.weight
 
 
-def test_a_tied_head_and_old_tables_of_frequencies_in_the_checkpoint_are_skipped(saved: Any, tmp_path: Path) -> None:
+def test_old_tables_of_frequencies_in_the_checkpoint_are_skipped(saved: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(saved(TIED), tmp_path / "model")
     expected = expected_parameters(new_decoder(folder), load_file(folder / WEIGHTS))
-    more = {
-        "lm_head.weight": torch.zeros(64, 32),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
-        "model.rotary_emb.inv_freq": torch.zeros(4),
-    }
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4), "model.rotary_emb.inv_freq": torch.zeros(4)}
     edit(folder, lambda tensors: tensors.update(more))
     assert_same_parameters(load(folder), expected)
+
+
+@pytest.mark.parametrize("head", ["equal", "different", "alone"])
+def test_a_head_beside_a_tied_embedding_is_used_as_transformers_does(
+    saved: Any, tmp_path: Path, head: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(saved(TIED), tmp_path / "model")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        if head == "different":
+            tensors["lm_head.weight"][-1, -1] += 1  # of the last piece that is compared
+        if head == "alone":
+            del tensors["model.embed_tokens.weight"]
+
+    edit(folder, change)
+    decoder = load(folder)
+    assert (decoder.lm_head.weight is decoder.embed_tokens.weight) == (head != "different")
+    assert ("lm_head.weight is used" in caplog.text) == (head == "different")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(decoder.lm_head.weight, model.lm_head.weight.data)
+    torch.testing.assert_close(decoder.embed_tokens.weight, model.model.embed_tokens.weight.data)
 
 
 def test_a_sharded_checkpoint_is_the_same_model(saved: Any) -> None:
@@ -188,11 +205,56 @@ def test_a_sharded_checkpoint_is_the_same_model(saved: Any) -> None:
     assert_same_parameters(load(shards), dict(load(saved(UNTIED)).named_parameters()))
 
 
-def test_only_the_files_that_the_index_names_are_read(saved: Any, tmp_path: Path) -> None:
-    """Some checkpoints hold the same weights once more, in one file of another name."""
+@pytest.mark.parametrize("other", ["consolidated", "adapter_model", "optimizer"])
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["one file", "an index"])
+def test_other_safetensors_are_not_read(saved: Any, tmp_path: Path, options: dict[str, Any], other: str) -> None:
+    folder = shutil.copytree(saved(UNTIED, **options), tmp_path / "model")
+    save_file({"lora_A.weight": torch.ones(3)}, folder / f"{other}.safetensors")
+    assert_same_parameters(load(folder), dict(load(saved(UNTIED)).named_parameters()))
+
+
+def test_one_file_wins_over_an_index_with_a_warning(folder: Path, saved: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The index of an older model, whose shards may be gone."""
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same_parameters(load(folder), dict(load(saved(UNTIED)).named_parameters()))
+    assert "model.safetensors.index.json, which is beside it, is not read" in caplog.text
+
+
+def test_shards_without_an_index_are_all_read(saved: Any, tmp_path: Path) -> None:
     shards = shutil.copytree(saved(UNTIED, max_shard_size="20KB"), tmp_path / "model")
-    shutil.copy(saved(UNTIED) / WEIGHTS, shards / "consolidated.safetensors")
+    (shards / "model.safetensors.index.json").unlink()
     assert_same_parameters(load(shards), dict(load(saved(UNTIED)).named_parameters()))
+
+
+def test_an_index_may_name_links_but_no_file_elsewhere(saved: Any, tmp_path: Path) -> None:
+    """The Hub's cache is made of links."""
+    shards = shutil.copytree(saved(UNTIED, max_shard_size="20KB"), tmp_path / "model")
+    file = max(shards.glob("*.safetensors"))
+    file.rename(tmp_path / "blob.safetensors")
+    file.symlink_to(tmp_path / "blob.safetensors")
+    assert_same_parameters(load(shards), dict(load(saved(UNTIED)).named_parameters()))
+    index = shards / "model.safetensors.index.json"
+    text = index.read_text()
+    for elsewhere in "../blob.safetensors", str(tmp_path / "blob.safetensors"):
+        index.write_text(text.replace(file.name, elsewhere))
+        with pytest.raises(ValueError, match=f"index.json' is damaged.*{re.escape(elsewhere)}"):
+            load(shards)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_hidden_layers": 10**7}, {"head_dim": 10**9}, {"vocab_size": 10**9}, {"hidden_size": 2**40}],
+    ids=str,
+)
+def test_a_size_that_no_tensor_has_is_refused_before_anything_is_built(folder: Path, change: dict[str, int]) -> None:
+    """It would take minutes, and then all memory."""
+    (field,) = change
+    config = json.loads((folder / "config.json").read_text()) | change
+    config.pop("layer_types")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{field} of a checkpoint of 25 tensors must be"):
+        new_llm(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -287,14 +349,21 @@ def test_a_tensor_that_does_not_fit_is_named(
 
 def test_of_many_missing_tensors_some_are_named_and_the_rest_counted(folder: Path) -> None:
     num_tensors = len(load_file(folder / WEIGHTS))
-    edit(folder, lambda tensors: [tensors.pop(name) for name in list(tensors)])
-    with pytest.raises(ValueError, match=rf"missing embed_tokens.weight, .* and {num_tensors - 8} more, unexpected"):
+    edit(
+        folder,
+        lambda tensors: [
+            tensors.pop(name) for name in list(tensors) if "up_proj" not in name and "lm_head" not in name
+        ],
+    )
+    with pytest.raises(
+        ValueError, match=rf"missing embed_tokens.weight, .* and {num_tensors - 3 - 8} more, unexpected"
+    ):
         load(folder)
 
 
 def test_a_tensor_that_is_there_twice_is_named(folder: Path) -> None:
-    save_file({NORM: torch.ones(32)}, folder / "more.safetensors")
-    with pytest.raises(ValueError, match=f"missing nothing, unexpected {NORM}"):
+    edit(folder, lambda tensors: tensors.update({NORM.removeprefix("model."): torch.ones(32)}))
+    with pytest.raises(ValueError, match=f"has {re.escape(NORM)} twice, in {WEIGHTS}"):
         load(folder)
 
 
@@ -302,10 +371,8 @@ def test_a_missing_shard_is_named_before_anything_is_read(saved: Any, tmp_path: 
     shards = shutil.copytree(saved(UNTIED, max_shard_size="20KB"), tmp_path / "model")
     last = max(shards.glob("*.safetensors"))
     last.unlink()
-    decoder = new_decoder(shards)
     with pytest.raises(ValueError, match=rf"lacks {last.name}, which model.safetensors.index.json names"):
-        load_weights(decoder, shards, show_progress=False)
-    assert all(parameter.isnan().all() for parameter in decoder.parameters())
+        read_headers(shards)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 4, 100, -1], ids=["empty", "in the length", "in the header", "at the end"])
@@ -316,8 +383,18 @@ def test_a_truncated_file_is_named(folder: Path, num_bytes: int) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        *(f'{{"weight_map": {m}}}' for m in ("{}", "[]", "null", '{"a": 7}', '{"a": null, "b": "c"}')),
+    ],
+)
 def test_a_damaged_index_is_named(folder: Path, content: str) -> None:
+    (folder / WEIGHTS).unlink()
     index = folder / "model.safetensors.index.json"
     index.write_text(content)
     with pytest.raises(ValueError, match=f"'{re.escape(str(index))}' is damaged"):
@@ -386,7 +463,7 @@ def test_a_folder_wins_over_a_hub_id_of_the_same_name(tmp_path: Path, monkeypatc
     hub(no_download)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert resolve_model("owner/name") == Path("owner/name")
+    assert resolve_model("owner/name") == tmp_path / "owner" / "name"
 
 
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: Any, hub: Any) -> None:

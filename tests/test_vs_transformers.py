@@ -61,7 +61,7 @@ def greedy_hf(folder: Path, prompts: list[list[int]], num_tokens: int, device: s
 
 def bfloat16_error(llm: LLM, prompts: list[list[int]]) -> float:
     """Mean |Δ log-probability| of greedily drawn tokens between `llm` and transformers in float32."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(llm.engine.folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llm.config.model, dtype=torch.float32)
     model.to(llm.config.torch_device)
     differences = []
     for output in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=32, logprobs=0), use_tqdm=False):

@@ -49,11 +49,11 @@ class TritonAttention(AttentionBackend):
             raise ValueError(f"attention_backend='triton' needs a GPU, got device {str(device)!r}")
         if config.head_dim > MAX_HEAD_DIM:
             raise ValueError(f"attention_backend='triton' runs head sizes up to {MAX_HEAD_DIM}, got {config.head_dim}")
-        self.num_kv_heads = config.num_kv_heads
-        self.group = config.num_heads // config.num_kv_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.group = config.num_attention_heads // config.num_key_value_heads
         self.scale = config.head_dim**-0.5 * LOG2_E
         self.shape = {
-            "H_KV": config.num_kv_heads,
+            "H_KV": config.num_key_value_heads,
             "G": self.group,
             "D": config.head_dim,
             "DP": max(16, triton.next_power_of_2(config.head_dim)),
@@ -64,7 +64,7 @@ class TritonAttention(AttentionBackend):
         num_processors = 4
         if device.type == "cuda":
             num_processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self.num_lists = max(1, num_processors * PROGRAMS_PER_PROCESSOR // config.num_kv_heads)
+        self.num_lists = max(1, num_processors * PROGRAMS_PER_PROCESSOR // config.num_key_value_heads)
 
     def plan(self, is_decode: bool, query_lens: INT, context_lens: INT) -> list[INT]:
         if is_decode:

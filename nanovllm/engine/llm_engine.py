@@ -11,7 +11,8 @@ import atexit
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.distributed import Group
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.model_runner import ModelRunner, SampledTokens, find_model
+from nanovllm.engine.model_runner import ModelRunner, SampledTokens, read_model
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.workers import start_workers
@@ -31,9 +32,9 @@ CPU_STEP_TOKENS = 1024
 class LLMEngine:
     """Owns one model's scheduler and runner."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, folder: Path):
         self.config = config
-        self.folder, self.model_config = find_model(config)
+        self.model_config, tensors = read_model(config, folder)
         self.model_config.check_ranks(config.tensor_parallel_size)
         self.workers = start_workers(config) if config.tensor_parallel_size > 1 else None
         self.runner: ModelRunner | None = None
@@ -41,7 +42,7 @@ class LLMEngine:
             with _on(config.device_of(0)), no_full_collections():
                 group = self.workers.begin(config) if self.workers else Group(config.torch_device)
                 with self.workers.in_step() if self.workers else nullcontext():
-                    self.runner = ModelRunner(config, self.folder, self.model_config, group)
+                    self.runner = ModelRunner(config, self.model_config, tensors, group)
         except BaseException:
             self.close()
             raise
@@ -160,9 +161,16 @@ class LLMEngine:
                 raise
 
 
-def _on(device: torch.device) -> AbstractContextManager[None]:
-    """Kernels, graphs and events are made on the current device: that it is the engine's own."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Kernels, graphs and events are made on the current device: that it is the engine's own. The caller's autocast, which
+    would change the model's data type, stays outside."""
+    is_cast = torch.is_autocast_enabled(device.type)
+    with (
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+        torch.autocast(device.type, enabled=False) if is_cast else nullcontext(),
+    ):
+        yield
 
 
 @contextmanager

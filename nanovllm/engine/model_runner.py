@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +28,11 @@ from nanovllm.engine.memory import CudaMemory, available_host_memory, check_weig
 from nanovllm.engine.packing import TOKEN_MULTIPLE, TRASH, TRASH_ROW, DeviceTables, PackedStep, int32, pack_batch
 from nanovllm.engine.scheduler import ScheduledChunk, Step
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.linear import Linear
+from nanovllm.layers.linear import Linear, limit_onednn_caches
 from nanovllm.layers.sampler import SamplingBatch, logprobs, pack_sampling, sample
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.loader import load_dummy, load_weights, resolve_model
-from nanovllm.outputs import LogprobRow, candidates
+from nanovllm.models.loader import Tensors, fit_config, load_dummy, load_weights, match_tensors, read_headers
+from nanovllm.outputs import LogprobRow
 from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,9 @@ class SampledTokens:
     prompt_logprobs: list[Logprobs]
     copied: torch.cuda.Event | None  # reached when all are on the CPU
 
-    def result(self) -> list[tuple[Sequence, int, LogprobRow | None]]:
-        """Wait for the tokens; for each sequence its token and, if it asks, what `logprobs` says of it.
+    def result(self) -> list[tuple[Sequence, int | None, LogprobRow | None]]:
+        """Wait for the tokens; for each sequence its token, None if none could be drawn, and, if it asks, what `logprobs`
+        says of it.
 
         Log-probabilities of prompts are handed to their sequences.
         """
@@ -72,13 +73,13 @@ class SampledTokens:
             self.copied.synchronize()
         prompt_rows = chain.from_iterable(map(_rows, self.prompt_logprobs))
         for chunk in self.step.chunks:
-            seq, read = chunk.seq, chunk.read
-            num_top = seq.params.prompt_logprobs
-            found = [candidates(seq.token_ids[i], next(prompt_rows), num_top, seq.text_of) for i in read]
-            seq.prompt_logprobs[read.start : read.stop] = found
+            chunk.seq.append_prompt_logprobs(islice(prompt_rows, len(chunk.read)))
         rows = _rows(self.logprobs)
-        drawn = zip(self.step.sampled, self.token_ids.tolist(), strict=True)
-        return [(c.seq, token_id, None if c.seq.params.logprobs is None else next(rows)) for c, token_id in drawn]
+        results: list[tuple[Sequence, int | None, LogprobRow | None]] = []
+        for chunk, token_id in zip(self.step.sampled, self.token_ids.tolist(), strict=True):
+            row = None if chunk.seq.params.logprobs is None else next(rows)
+            results.append((chunk.seq, None if token_id < 0 else token_id, row))
+        return results
 
 
 def _read_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
@@ -91,36 +92,41 @@ def _rows(tensors: Logprobs) -> Iterator[LogprobRow]:
     return zip(*(tensor.tolist() for tensor in tensors), strict=True)
 
 
-def find_model(config: Config) -> tuple[Path, ModelConfig]:
-    """The folder of a model, and its architecture in the data type that the options ask for."""
+def read_model(config: Config, folder: Path) -> tuple[ModelConfig, Tensors]:
+    """What a model's folder says: its architecture, in the data type that the options ask for, and its tensors."""
     model_class = Decoder if config.model_class is None else config.model_class
     if not issubclass(model_class, Decoder):
         raise TypeError(f"model_class must be a subclass of Decoder, got {model_class!r}")
-    folder = resolve_model(config.model, config.revision)
     model_config = ModelConfig.from_folder(folder, model_class.read_config)
-    return folder, replace(model_config, dtype=config.torch_dtype(model_config.dtype))
+    model_config = replace(model_config, dtype=config.torch_dtype(model_config.dtype))
+    if config.load_format == "dummy":
+        return model_config, {}
+    tensors = read_headers(folder)
+    return fit_config(model_config, tensors), tensors
 
 
 class ModelRunner:
     """Runs steps of one model on one device, its share of it if there are several. `num_blocks` is the size of the KV
     pool that it made."""
 
-    def __init__(self, config: Config, folder: Path, model_config: ModelConfig, group: Group):
+    def __init__(self, config: Config, model_config: ModelConfig, tensors: Tensors, group: Group):
         self.config = config
         self.model_config = model_config
         self.group = group
         self.device = group.device
         memory = CudaMemory(self.device) if self.device.type == "cuda" else None
-        num_heads = group.share(model_config.num_heads).size
-        self.num_kv_heads = group.share(model_config.num_kv_heads).size
-        local_config = replace(model_config, num_heads=num_heads, num_kv_heads=self.num_kv_heads)
+        num_heads = group.share(model_config.num_attention_heads).size
+        self.num_kv_heads = group.share(model_config.num_key_value_heads).size
+        local_config = replace(model_config, num_attention_heads=num_heads, num_key_value_heads=self.num_kv_heads)
         self.backend = attention.select(config.attention_backend, local_config, self.device, config.kvcache_block_size)
         self.block_size = config.kvcache_block_size or self.backend.block_size
         self.max_len = min(config.max_model_len, model_config.max_len)
         self.head_rows = min(HEAD_ROWS, config.max_num_seqs)
+        if memory is None:
+            limit_onednn_caches()
         self.compiles = memory is not None and kernels.AVAILABLE and not config.enforce_eager
         num_positions = max(self.max_len, TOKEN_MULTIPLE)  # padding has positions too
-        self.model = self._load_model(memory, folder, num_positions)
+        self.model = self._load_model(memory, tensors, num_positions)
         self.tables = DeviceTables(config, num_positions, self.block_size, self.device)
         sizes = graph_sizes(config.max_num_seqs) if self.compiles and self.backend.capturable else []
         self.graphs = DecodeGraphs(self._start_trash_decode, [])
@@ -252,7 +258,7 @@ class ModelRunner:
         if len(asking) < len(logits):
             rows = self._send([i for i, _ in asking])
             logits, token_ids = logits[rows], token_ids[rows]
-        return _read_logprobs(logits, token_ids, self._num_top([n for _, n in asking]))
+        return _read_logprobs(logits, token_ids.clamp(min=0), self._num_top([n for _, n in asking]))
 
     def _num_top(self, asked: list[int | None]) -> int:
         return max(self.model_config.vocab_size if n == -1 else n or 0 for n in asked)
@@ -264,20 +270,23 @@ class ModelRunner:
         tensor.numpy()[...] = array  # by this thread alone, where PyTorch would wake others
         return tensor.to(self.device, non_blocking=True)
 
-    def _load_model(self, memory: CudaMemory | None, folder: Path, num_positions: int) -> Decoder:
+    def _load_model(self, memory: CudaMemory | None, tensors: Tensors, num_positions: int) -> Decoder:
         """The model with its weights; ValueError, before it takes memory, if they do not fit."""
         config = self.config
-        new_model = partial(config.model_class or Decoder, self.model_config, self.backend, self.group, num_positions)
+        new_model = partial(config.model_class or Decoder, self.model_config, self.backend, self.group)
+        with torch.device("meta"):
+            planned = new_model(1)
+        if tensors:
+            match_tensors(planned, tensors)
         if memory:
-            with torch.device("meta"):
-                weights = sum(parameter.nbytes for parameter in new_model().parameters())
+            weights = sum(parameter.nbytes for parameter in planned.parameters())
             check_weights_fit(weights, memory.total, config.gpu_memory_utilization, self.group.size)
         with torch.device(self.device):
-            model = new_model()
+            model = new_model(num_positions)
         if config.load_format == "dummy":
             load_dummy(model)
         else:
-            load_weights(model, folder, config.use_tqdm and self.group.rank == 0)
+            load_weights(model, tensors, config.use_tqdm and self.group.rank == 0)
         if self.device.type == "cpu":
             for module in model.modules():
                 if isinstance(module, Linear):
@@ -293,7 +302,7 @@ class ModelRunner:
         numpy, whose zeros take no memory until they are written, where PyTorch's take it all at once.
         """
         c = self.model_config
-        shape = (c.num_layers, 2, num_blocks, self.block_size, self.num_kv_heads, c.head_dim)
+        shape = (c.num_hidden_layers, 2, num_blocks, self.block_size, self.num_kv_heads, c.head_dim)
         if self.device.type == "cpu":
             cache = torch.from_numpy(np.zeros((*shape, c.dtype.itemsize), np.uint8)).view(c.dtype).squeeze(-1)
         else:

@@ -5,13 +5,17 @@ step: chunked prefill, prefix hits, mixing with decode and resuming after a pree
 Planning needs counts only, so step N+1 is planned while the tokens of step N are still on the device.
 """
 
+import logging
 import time
-from collections import deque
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import NOT_DRAWN, Sequence
 from nanovllm.outputs import LogprobRow
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -62,7 +66,8 @@ class Scheduler:
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.requests: dict[int, list[Sequence]] = {}  # the unfinished sequences of each, by its id
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()  # the next one first
         self.running: list[Sequence] = []  # oldest first
         self.free_rows = list(range(max_num_seqs, 0, -1))
         self.num_preemptions = 0
@@ -74,16 +79,15 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, seq: Sequence) -> None:
-        self.waiting.append(seq)
+        self.requests.setdefault(seq.request_id, []).append(seq)
+        self.waiting[seq] = None
 
-    def abort(self, request_ids: set[int]) -> None:
+    def abort(self, request_ids: Iterable[int]) -> None:
         """Finish these requests, where they still run or wait, with reason "abort", and free what they hold."""
-        for seq in [s for s in (*self.running, *self.waiting) if s.request_id in request_ids]:
-            seq.finish_reason, seq.finished_time = "abort", time.time()
-            seq.outbox.append(seq)
-            if seq.row:
-                self._leave_row(seq)
-        self.waiting = deque(s for s in self.waiting if not s.is_finished)
+        for request_id in request_ids:
+            for seq in list(self.requests.get(request_id, ())):
+                seq.finish("abort", None, time.time())
+                self._put_away(seq)
 
     def schedule(self) -> Step | None:
         """Plan the next step, counting it as computed at once; None if no sequence has a token to compute now."""
@@ -94,24 +98,26 @@ class Scheduler:
             self._schedule_waiting(step, budget)
         return step if step.decodes or step.chunks else None
 
-    def commit(self, sampled: list[tuple[Sequence, int, LogprobRow | None]]) -> None:
+    def commit(self, sampled: list[tuple[Sequence, int | None, LogprobRow | None]]) -> None:
         """Take the tokens that a step drew, with their log-probabilities; what that finishes is put into its outbox.
 
-        A sequence that was finished before (aborted) is passed over.
+        A sequence that was finished before (aborted) is passed over. One from whose logits no token can be drawn (None) is
+        finished, and a warning names its request.
         """
         block_size, now = self.block_manager.block_size, time.time()
+        not_drawn = set()
         for seq, token_id, logprobs in sampled:
             if seq.is_finished:
                 continue
+            if token_id is None:
+                not_drawn.add(seq.request_id)
             seq.append(token_id, logprobs, now)
             if seq.row and seq.num_computed_tokens >= (len(seq.prefix_ids) + 1) * block_size:
                 self.block_manager.register(seq)
             if seq.is_finished:
-                seq.outbox.append(seq)
-                if seq.row:
-                    self._leave_row(seq)
-                else:  # preempted while this token was on its way
-                    self.waiting.remove(seq)
+                self._put_away(seq)
+        if not_drawn:
+            logger.warning("requests %s are aborted: %s", sorted(not_drawn), NOT_DRAWN)
 
     def _schedule_running(self, step: Step, budget: int) -> int:
         """Plan for the running sequences, oldest first, preempting the newest ones where blocks run out; what is left."""
@@ -148,7 +154,7 @@ class Scheduler:
     def _schedule_waiting(self, step: Step, budget: int) -> None:
         manager = self.block_manager
         while self.waiting and budget and self.free_rows:
-            seq = self.waiting[0]
+            seq = next(iter(self.waiting))
             cached = manager.match(seq)
             num_cached = len(cached) * manager.block_size
             num_tokens = min(len(seq.token_ids) - num_cached, budget)
@@ -157,7 +163,7 @@ class Scheduler:
             if num_new + len(self.running) > num_free and self.running:  # leave each running one its next block
                 return
             self.running.append(seq)  # an interrupted sequence is in one of the two at any time
-            self.waiting.popleft()
+            del self.waiting[seq]
             manager.share(seq, cached)
             seq.row = self.free_rows.pop()
             step.admitted.append(seq)
@@ -190,10 +196,23 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the head of the queue; what it computed is lost but for what stays in the prefix cache."""
-        self.waiting.appendleft(seq)
+        self.waiting[seq] = None
+        self.waiting.move_to_end(seq, last=False)
         self._leave_row(seq)
         seq.num_computed_tokens = 0
         self.num_preemptions += 1
+
+    def _put_away(self, seq: Sequence) -> None:
+        """Hand a finished sequence out, and take back what it holds."""
+        seq.outbox.append(seq)
+        if seq.row:
+            self._leave_row(seq)
+        else:  # it waits, perhaps preempted while its last token was on its way
+            del self.waiting[seq]
+        samples = self.requests[seq.request_id]
+        samples.remove(seq)
+        if not samples:
+            del self.requests[seq.request_id]
 
     def _leave_row(self, seq: Sequence) -> None:
         self.running.remove(seq)

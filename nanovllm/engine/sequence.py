@@ -1,15 +1,19 @@
 """Sequence: one completion as the scheduler sees it. It knows token ids and counts, and no tensors."""
 
 import inspect
-from collections.abc import Callable, MutableSequence
+import math
+from collections.abc import Iterable, MutableSequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nanovllm.outputs import FinishReason, Logprob, LogprobRow, candidates
 from nanovllm.sampling_params import LogitsProcessor, SamplingParams
-from nanovllm.text import Detokenizer
+from nanovllm.text import CompletionText, Detokenizer
+
+NOT_DRAWN = "no token can be drawn from its logits, of which one is NaN or all are -inf"
 
 
 @dataclass(eq=False, slots=True)
@@ -33,8 +37,8 @@ class Sequence:
     eos_token_ids: frozenset[int] = frozenset()
     prompt: str | None = None
     outbox: MutableSequence["Sequence"] = field(default_factory=list)  # where it is put when it is finished, or dropped
-    detokenizer: Detokenizer | None = None  # where the text matters before the end
-    text_of: Callable[[int], str] = str  # a token's, for log-probabilities
+    text: CompletionText | None = None  # unless nobody asks for text
+    prompt_text: Detokenizer | None = None  # the texts of its tokens, for their log-probabilities
 
     num_prompt_tokens: int = field(init=False)
     is_plain: bool = field(init=False)  # the logits are drawn from as they are, and nothing else is asked for
@@ -106,27 +110,59 @@ class Sequence:
             return frozenset()
         return self.eos_token_ids | self.stop_token_ids
 
-    def append(self, token_id: int, logprobs: LogprobRow | None, now: float) -> None:
-        """Take the pending token and its log-probabilities, and find out whether it ends the completion."""
+    def append(self, token_id: int | None, logprobs: LogprobRow | None, now: float) -> None:
+        """Take the pending token and its log-probabilities, and find out whether it ends the completion.
+
+        Where no token could be drawn (None), an allowed one stands for it, and the completion ends.
+        """
+        is_drawn = token_id is not None
+        if token_id is None:
+            allowed = count() if self.allowed_token_ids is None else self.allowed_token_ids.tolist()
+            token_id = next(t for t in allowed if t not in self.banned_token_ids)
+            logprobs = logprobs and (math.nan, 0, *logprobs[2:])
         self.token_ids.append(token_id)
         self.num_pending -= 1
         if logprobs is not None:
-            self.logprobs.append(candidates(token_id, logprobs, self.params.logprobs, self.text_of))
+            text_of = None if self.text is None else self.text.detokenizer.text_of
+            self.logprobs.append(candidates(token_id, logprobs, self.params.logprobs, text_of))
             self.cumulative_logprob += logprobs[0]
         num_tokens = self.num_completion_tokens
         if num_tokens == 1:
             self.first_token_time = now
         may_stop = num_tokens > self.params.min_tokens
-        if may_stop and token_id in self.eos_token_ids and not self.params.ignore_eos:
-            self.finish_reason = "stop"
+        reason: FinishReason | None = None
+        stop_reason: int | str | None = None
+        if not is_drawn:
+            reason, stop_reason = "abort", NOT_DRAWN
+        elif may_stop and token_id in self.eos_token_ids and not self.params.ignore_eos:
+            reason = "stop"
         elif may_stop and token_id in self.stop_token_ids:
-            self.finish_reason, self.stop_reason = "stop", token_id
-        elif self.detokenizer is not None and (stop := self.detokenizer.append(token_id, may_stop)) is not None:
-            self.finish_reason, self.stop_reason = "stop", stop
-        elif num_tokens >= self.max_tokens:
-            self.finish_reason = "length"
-        if self.finish_reason is not None:
-            self.finished_time = now
+            reason, stop_reason = "stop", token_id
+        if self.text is not None and (reason is None or self.params.include_stop_str_in_output):
+            stop = self.text.append(token_id, may_stop and reason is None)
+            if stop is not None:
+                reason, stop_reason = "stop", stop
+        if reason is None and num_tokens >= self.max_tokens:
+            reason = "length"
+        if reason is not None:
+            self.finish(reason, stop_reason, now)
+
+    def append_prompt_logprobs(self, rows: Iterable[LogprobRow]) -> None:
+        """Take the log-probabilities of the next tokens of the prompt."""
+        for row in rows:
+            token_id = self.token_ids[len(self.prompt_logprobs)]
+            text_of = None if self.prompt_text is None else self.prompt_text.text_of
+            self.prompt_logprobs.append(candidates(token_id, row, self.params.prompt_logprobs, text_of))
+            if self.prompt_text is not None:
+                self.prompt_text.add(token_id)
+
+    def finish(self, reason: FinishReason, stop_reason: int | str | None, now: float) -> None:
+        """End the completion, for one of the reasons of `CompletionOutput`."""
+        self.finish_reason, self.stop_reason, self.finished_time = reason, stop_reason, now
+        rest = self.text.finish() if self.text is not None else ""
+        if rest and self.logprobs:  # it is the last token's
+            drawn, last = self.token_ids[-1], self.logprobs[-1]
+            last[drawn] = last[drawn]._replace(decoded_token=last[drawn].decoded_token or rest)
 
 
 def _takes_prompt(processor: LogitsProcessor) -> bool:

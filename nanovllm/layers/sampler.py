@@ -46,7 +46,8 @@ class SamplingBatch:
 def sample(logits: Tensor, batch: SamplingBatch, last_token: Tensor) -> Tensor:
     """Draw a token for each row of logits [S, vocabulary]; [S]. On a tie the lowest token id wins.
 
-    The tokens are also written to `last_token[batch.rows]`.
+    A row from which none can be drawn, because one logit is NaN or all are -inf, has -1. The tokens are also written to
+    `last_token[batch.rows]`, 0 for -1: the next step may read them before anybody knows.
     """
     if logits.is_cuda and kernels.AVAILABLE:
         from nanovllm.kernels import gumbel, truncation
@@ -55,20 +56,21 @@ def sample(logits: Tensor, batch: SamplingBatch, last_token: Tensor) -> Tensor:
         token_ids = gumbel.gumbel_max(logits, least, batch.rows, batch.positions, batch.sampling)
     else:
         token_ids = draw(logits, batch)
-    last_token[batch.rows] = token_ids.int()
+    last_token[batch.rows] = token_ids.clamp(min=0).int()
     return token_ids
 
 
 def draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """The Gumbel-max trick in plain PyTorch, the twin of `kernels.gumbel.gumbel_max`; int64 [S]."""
-    if not batch.is_random:
-        return logits.max(dim=-1).indices  # argmax takes 4 times as long on a CPU
-    logits = logits.float()
-    if batch.is_truncated:
-        logits = logits.masked_fill(logits < least_kept(logits, batch).unsqueeze(1), -torch.inf)
-    temperature, _, _, _, seeds = batch.unpack()
-    noise = gumbel_noise(seeds, batch.positions, logits.shape[1])
-    return torch.addcmul(logits, noise, temperature.unsqueeze(1)).max(dim=-1).indices
+    if batch.is_random:
+        logits = logits.float()
+        if batch.is_truncated:
+            logits = logits.masked_fill(logits < least_kept(logits, batch).unsqueeze(1), -torch.inf)
+        temperature, _, _, _, seeds = batch.unpack()
+        noise = gumbel_noise(seeds, batch.positions, logits.shape[1])
+        logits = torch.addcmul(logits, noise, temperature.unsqueeze(1))
+    highest = logits.max(dim=-1)  # a NaN if there is one; argmax takes 4 times as long on a CPU
+    return highest.indices.masked_fill_(~(highest.values > -torch.inf), -1)
 
 
 def least_kept(logits: Tensor, batch: SamplingBatch) -> Tensor:

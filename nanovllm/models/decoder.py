@@ -25,8 +25,8 @@ class Attention(nn.Module):
         super().__init__()
         self.backend = backend
         self.head_dim = config.head_dim
-        q = group.share(config.num_heads, config.head_dim)
-        kv = group.share(config.num_kv_heads, config.head_dim)
+        q = group.share(config.num_attention_heads, config.head_dim)
+        kv = group.share(config.num_key_value_heads, config.head_dim)
         parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
         self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, config.qkv_bias, config.dtype)
         self.o_proj = RowParallelLinear(q, config.hidden_size, config.o_bias, config.dtype, group)
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = ParallelEmbedding(config.vocab_size, config.hidden_size, config.dtype, group)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, max_len)
-        self.layers = nn.ModuleList(self.layer_class(config, backend, group) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, backend, group) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=config.dtype)
         parts = {"lm_head": vocabulary_share(config.vocab_size, group)}
         self.lm_head = ColumnParallelLinear(config.hidden_size, parts, False, config.dtype)

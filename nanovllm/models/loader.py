@@ -1,12 +1,17 @@
 """The loader: finds a checkpoint and fills a model from its safetensors, every name accounted for.
 
-Tensors are read one at a time and copied to the part of a parameter that they fill: nothing is held twice. Of a tensor
-that is cut between ranks, each reads its own share.
+Names, shapes and types come from the files' headers, and are checked before a model is built. Tensors are read one at a
+time and copied to the part of a parameter that they fill: nothing is held twice. Of a tensor that is cut between ranks,
+each reads its own share.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,18 +19,33 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from nanovllm.config import read_json
+from nanovllm.checks import check_int
+from nanovllm.config import ModelConfig, read_json
 from nanovllm.distributed import Share
 from nanovllm.layers.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+from nanovllm.progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
+class TensorInfo(NamedTuple):
+    """A tensor of a checkpoint, as the header of its file describes it."""
+
+    file: Path
+    name: str
+    shape: list[int]
+    dtype: str  # safetensors' name
+
+
+Tensors = dict[str, TensorInfo]  # by their names in the model: without "model."
+
+
 def resolve_model(model: str | os.PathLike[str], revision: str | None = None, option: str = "model") -> Path:
-    """The folder of a model: a local one as it is, a Hub id downloaded (safetensors, configs and tokenizer alone).
+    """The absolute path of a model's folder: a local one, or a Hub id downloaded (safetensors, configs and tokenizer alone).
 
     Args:
         option: what errors call it.
@@ -36,7 +56,7 @@ def resolve_model(model: str | os.PathLike[str], revision: str | None = None, op
     name = str(model)
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return folder
+        return folder.absolute()
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise ValueError(f"{option} {name!r} is neither a folder nor a Hub id of the form 'owner/name'")
     try:
@@ -45,29 +65,15 @@ def resolve_model(model: str | os.PathLike[str], revision: str | None = None, op
         raise ValueError(f"{option} {name!r} is no folder and cannot be fetched from the Hub: {error}") from error
 
 
-def load_weights(model: nn.Module, folder: Path, show_progress: bool) -> None:
-    """Fill every parameter of `model` from the safetensors in `folder`.
-
-    Raises:
-        ValueError: no safetensors, a file that is missing or damaged, a tensor of another shape or no float, or names
-            that are missing, unexpected or there twice; each with its name.
-    """
-    unfilled = parameter_targets(model)
-    # What a checkpoint may repeat: the names of shared parameters (a tied head), and old tables of frequencies.
-    own_names = {name for name, _ in model.named_parameters()}
-    redundant = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own_names
-    unexpected = []
-    with tqdm(total=len(unfilled), desc="Loading weights", unit="tensor", disable=not show_progress) as bar:
-        for name, tensor, file in read_tensors(folder):
-            target = unfilled.pop(name.removeprefix("model."), None)
-            if target is not None:
-                target.fill(tensor, f"{file.name}: {name}")
-                bar.update()
-            elif name not in redundant and not name.endswith("rotary_emb.inv_freq"):
-                unexpected.append(name)
-    if unfilled or unexpected:
-        misfits = f"missing {_some(list(unfilled))}, unexpected {_some(unexpected)}"
-        raise ValueError(f"checkpoint {str(folder)!r} does not fit the model: {misfits}")
+def load_weights(model: nn.Module, tensors: Tensors, show_progress: bool) -> None:
+    """Fill every parameter of `model` from the tensors of a checkpoint; errors as in `match_tensors`."""
+    fills = sorted(match_tensors(model, tensors), key=lambda fill: fill[1].file)
+    with progress_bar(total=len(fills), desc="Loading weights", unit="tensor", disable=not show_progress) as bar:
+        for file, fills_of_file in groupby(fills, key=lambda fill: fill[1].file):
+            with _open(file) as opened:
+                for target, tensor in fills_of_file:
+                    target.fill(opened.get_slice(tensor.name))
+                    bar.update()
 
 
 def load_dummy(model: nn.Module) -> None:
@@ -85,16 +91,44 @@ class Target(NamedTuple):
     share: Share
     dim: int = 0
 
-    def fill(self, tensor: Any, name: str) -> None:
+    @property
+    def shape(self) -> list[int]:
+        """The shape of the checkpoint's tensor."""
+        return [self.share.total if i == self.dim else length for i, length in enumerate(self.view.shape)]
+
+    def fill(self, tensor: Any) -> None:
         """Read the share of a checkpoint's tensor; the last ranks may find less than their share's size."""
         start, size, total = self.share
-        shape, dtype = list(tensor.get_shape()), tensor.get_dtype()
-        expected = [total if i == self.dim else length for i, length in enumerate(self.view.shape)]
-        if shape != expected or dtype not in ("BF16", "F16", "F32", "F64"):
-            raise ValueError(f"{name} is {dtype} {shape}, expected a float {expected}")
         own = slice(min(start, total), min(start + size, total))
         part = tensor[(slice(None),) * self.dim + (own,)]
         self.view.narrow(self.dim, 0, part.shape[self.dim]).copy_(part)
+
+
+def match_tensors(model: nn.Module, tensors: Tensors) -> list[tuple[Target, TensorInfo]]:
+    """What each tensor of a checkpoint fills in `model`, which may be on the meta device.
+
+    Raises:
+        ValueError: a tensor of another shape or no float, or names that are missing or unexpected; each with its name.
+    """
+    unfilled = parameter_targets(model)
+    # What a checkpoint may repeat: the names of shared parameters (a tied head), and old tables of frequencies.
+    own_names = {name for name, _ in model.named_parameters()}
+    redundant = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own_names
+    fills, unexpected = [], []
+    for name, tensor in tensors.items():
+        target = unfilled.pop(name, None)
+        if target is not None:
+            if tensor.shape != target.shape or tensor.dtype not in ("BF16", "F16", "F32", "F64"):
+                found = f"{tensor.file.name}: {tensor.name} is {tensor.dtype} {tensor.shape}"
+                raise ValueError(f"{found}, expected a float {target.shape}")
+            fills.append((target, tensor))
+        elif name not in redundant and not name.endswith("rotary_emb.inv_freq"):
+            unexpected.append(tensor.name)
+    if unfilled or unexpected:
+        raise ValueError(
+            f"the checkpoint does not fit the model: missing {_some(list(unfilled))}, unexpected {_some(unexpected)}"
+        )
+    return fills
 
 
 def parameter_targets(model: nn.Module) -> dict[str, Target]:
@@ -118,33 +152,98 @@ def parameter_targets(model: nn.Module) -> dict[str, Target]:
     return targets
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Any, Path]]:
-    """Every tensor of the checkpoint in `folder`, its name, a slice of it that is not read yet, and its file."""
+def read_headers(folder: Path) -> Tensors:
+    """The tensors of the checkpoint in `folder`, none of whose values is read yet.
+
+    Raises:
+        ValueError: no safetensors, a file that is missing or damaged, or a name that is there twice.
+    """
+    tensors: Tensors = {}
     for file in _files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (it is no dict)
-                    yield name, tensors.get_slice(name), file
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{str(file)!r} is damaged or truncated: {error}") from error
+        with _open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118  (it is no dict)
+                header = opened.get_slice(name)
+                tensor = TensorInfo(file, name, list(header.get_shape()), header.get_dtype())
+                first = tensors.setdefault(name.removeprefix("model."), tensor)
+                if first is not tensor:
+                    raise ValueError(
+                        f"checkpoint {str(folder)!r} has {name} twice, in {first.file.name} and {file.name}"
+                    )
+    return tensors
+
+
+def fit_config(config: ModelConfig, tensors: Tensors) -> ModelConfig:
+    """`config`, in which the head is tied or not as the checkpoint has it; `tensors` has lost what is there twice.
+
+    As transformers 5: a head that ought to be tied, and is there beside the embedding, is the same tensor if it is equal, and
+    stays apart if it is not; one of the two alone serves for both.
+
+    Raises:
+        ValueError: a size that no tensor of the checkpoint has, before anything is built in it.
+    """
+    largest = max((length for tensor in tensors.values() for length in tensor.shape), default=0)
+    limits = {"num_hidden_layers": len(tensors)} | dict.fromkeys(("vocab_size", "hidden_size", "head_dim"), largest)
+    limits |= dict.fromkeys(("intermediate_size", "num_attention_heads", "num_key_value_heads"), largest)
+    for name, limit in limits.items():
+        check_int(f"{name} of a checkpoint of {len(tensors)} tensors", getattr(config, name), 1, limit)
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("embed_tokens.weight")
+    if not config.tie_word_embeddings or head is None:
+        return config
+    if embedding is None:
+        tensors["embed_tokens.weight"] = tensors.pop("lm_head.weight")
+    elif not _are_equal(head, embedding, config.dtype):
+        logger.warning("%s is used: it differs from %s, which config.json says it is", head.name, embedding.name)
+        return replace(config, tie_word_embeddings=False)
+    return config
+
+
+def _are_equal(a: TensorInfo, b: TensorInfo, dtype: torch.dtype) -> bool:
+    """Whether two matrices have the same values in the model's data type; read in pieces."""
+    if a.shape != b.shape or not a.shape:
+        return False
+    with _open(a.file) as file_a, _open(b.file) as file_b:
+        x, y = file_a.get_slice(a.name), file_b.get_slice(b.name)
+        pieces = (slice(start, start + 4096) for start in range(0, a.shape[0], 4096))
+        return all(torch.equal(x[piece].to(dtype), y[piece].to(dtype)) for piece in pieces)
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{str(file)!r} is damaged or truncated: {error}") from error
 
 
 def _files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
+    """transformers' choice: model.safetensors, else the files that the index names, else all that are there."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        if index.is_file():
+            logger.warning("%s is loaded; %s, which is beside it, is not read", whole, index.name)
+        return [whole]
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not weight_map or not isinstance(weight_map, dict):
-            raise ValueError(f"{str(index)!r} is damaged: it has no weight_map")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(f"checkpoint {str(folder)!r} lacks {_some(missing)}, which {index.name} names")
-    elif not files:
+        return _indexed_files(index)
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    if not files:
         pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
         found = f"only {_some(pickles)}, and pickles are never loaded" if pickles else "no weights"
         raise ValueError(f"model folder {str(folder)!r} has no safetensors: {found}")
     return files
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The files that an index names, which are all in its folder."""
+    weight_map = read_json(index).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    for name in names or [None]:
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{str(index)!r} is damaged: its weight_map must name files in its folder, got {name!r}")
+    missing = sorted(name for name in names if not (index.parent / name).is_file())
+    if missing:
+        raise ValueError(f"checkpoint {str(index.parent)!r} lacks {_some(missing)}, which {index.name} names")
+    return [index.parent / name for name in sorted(names)]
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,89 @@
+"""Chat: conversations through the tokenizer's chat template."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from functools import partial
+from typing import Any
+
+from jinja2 import Environment
+from jinja2.meta import find_undeclared_variables
+from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, Any]
+PROBE = "is this text in parts"
+
+
+def check_template_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
+    """TypeError unless each option is one of `apply_chat_template`, or a variable of the chat template."""
+    unknown = options.keys() - inspect.signature(tokenizer.apply_chat_template).parameters.keys()
+    if unknown:
+        template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
+        template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own tags
+        known = find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template))
+        if unknown - known:
+            raise TypeError(
+                f"chat() got an unknown option {min(unknown - known)!r}: it is no variable of the chat template, which "
+                f"has {', '.join(sorted(known))}"
+            )
+
+
+def render(tokenizer: PreTrainedTokenizerBase, name: str, conversation: Seq[Message], options: dict[str, Any]) -> str:
+    """The text of a conversation, which errors call `name`.
+
+    A template that goes through the parts of a message gets them; one that takes text gets their texts, joined by newlines.
+
+    Raises:
+        TypeError: content that is no text, no list of parts and not None.
+        ValueError: a part that is no text, or a conversation that the template refuses.
+    """
+    conversation = [
+        {**message, "content": _check_content(f"{name}[{i}]", message["content"])}
+        if isinstance(message, Mapping) and "content" in message
+        else message
+        for i, message in enumerate(conversation)
+    ]
+    apply = partial(tokenizer.apply_chat_template, tokenize=False, **options)
+    if any(map(_has_parts, conversation)) and not _takes_parts(apply, conversation):
+        conversation = [
+            {**m, "content": "\n".join(part["text"] for part in m["content"])} if _has_parts(m) else m
+            for m in conversation
+        ]
+    try:
+        text = apply(conversation)
+        text.encode()  # half a surrogate pair is no text
+        return text
+    except Exception as error:  # a template is a program, and raises what it likes
+        raise ValueError(f"{name} is refused by the chat template: {error}") from error
+
+
+def _check_content(name: str, content: Any) -> Any:
+    """Content as templates expect it: text, None, or a list of parts {"type": "text", "text": …}."""
+    if isinstance(content, str | None):
+        return content
+    if not isinstance(content, Seq) or isinstance(content, bytes | bytearray):
+        raise TypeError(f"content of {name} must be text or a list of parts, got {content!r}")
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    for part in parts:
+        is_text = isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not is_text:
+            raise ValueError(f"content of {name} must have parts {{'type': 'text', 'text': ...}} alone, got {part!r}")
+    return parts
+
+
+def _has_parts(message: Any) -> bool:
+    return isinstance(message, Mapping) and isinstance(message.get("content"), list)
+
+
+def _takes_parts(apply: Callable[[Any], str], conversation: Seq[Message]) -> bool:
+    """Whether the template makes of text in one part what it makes of text, or takes parts alone."""
+
+    def rendered(content: Any) -> str:
+        try:
+            return apply([{**m, "content": content} if _has_parts(m) else m for m in conversation])
+        except Exception:
+            return ""
+
+    as_text, in_parts = rendered(PROBE), rendered([{"type": "text", "text": PROBE}])
+    return PROBE in in_parts and (in_parts == as_text or PROBE not in as_text)

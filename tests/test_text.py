@@ -1,0 +1,218 @@
+"""From tokens to text: one way for results, streams, stop strings and log-probabilities, with every kind of tokenizer."""
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from test_llm import greedy
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.text import CompletionText, Detokenizer, Text
+
+SPECIAL = ["<s>", "</s>"]
+WORDS = ["▁a", "▁do", "▁", "▁▁▁▁", "return", "▁Paris", "▁and", ".", "\n"]
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+
+
+def llama_2_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A space begins each text and is taken away again; a character that has no token is written in bytes."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *BYTES, *WORDS])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True, fuse_unk=True))
+    n, d = tokenizers.normalizers, tokenizers.decoders
+    tokenizer.normalizer = n.Sequence([n.Prepend("▁"), n.Replace(" ", "▁")])
+    tokenizer.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def metaspace_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    vocabulary = [(token, 0.0) for token in [*SPECIAL, *BYTES, *WORDS]]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, 0, byte_fallback=True))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    d = tokenizers.decoders
+    tokenizer.decoder = d.Sequence([d.ByteFallback(), d.Metaspace(prepend_scheme="first")])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+TOKENIZERS = {"Llama 2": llama_2_tokenizer(), "Metaspace": metaspace_tokenizer()}
+TEXTS = {name: Text(tokenizer) for name, tokenizer in TOKENIZERS.items()}
+IDS = {token: i for i, token in enumerate([*SPECIAL, *BYTES, *WORDS])}
+
+
+def ids(*parts: str) -> list[int]:
+    """The ids of tokens; what is no token is written in bytes."""
+    return [i for part in parts for i in ([IDS[part]] if part in IDS else [2 + byte for byte in part.encode()])]
+
+
+def texts(text: Text, prompt: list[int], completion: list[int], **params) -> tuple[str, str, str]:
+    """What generate and stream give, and what the tokens drawn have in log-probabilities."""
+    whole = CompletionText(text, prompt, SamplingParams(**params))
+    given_out, decoded = "", ""
+    for token_id in completion:
+        decoded += whole.detokenizer.text_of(token_id)
+        whole.append(token_id)
+        given_out += whole.take()
+    rest = whole.finish()
+    return whole.text, given_out + whole.take(), decoded + rest
+
+
+PROMPT = ids("<s>", "▁a", "▁do")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "expected"),
+    [
+        (PROMPT, ids("▁Paris", "▁and"), " Paris and"),
+        ([*PROMPT, IDS["\n"]], ids("▁▁▁▁", "return"), "    return"),
+        (PROMPT, ids("▁a", "🙂", "▁and", "é"), " a🙂 andé"),
+        (PROMPT, ids("\n", "é", "<0x0A>", "日本"), "\né\n日本"),
+        (PROMPT, ids("<0x0A>", "<0xF0>", "<0x9F>"), "\n��"),  # one for each byte, as transformers decodes them
+        (PROMPT, ids("<0x0A>", "<0xF0>", "▁a"), "\n� a"),
+        ([*PROMPT, *ids("日", "<0xF0>", "<0x9F>")], ids("<0x99>", "<0x82>", "▁a"), "🙂 a"),  # the prompt ends within it
+        ([*PROMPT, *ids("日本語日本語")], ids("日"), "日"),
+        (ids("日本語日本語", "<0xE6>"), ids("<0x97>", "<0xA5>"), "日"),
+        (ids("<s>"), ids("▁Paris", "▁and"), "Paris and"),  # nothing goes before
+        (PROMPT, ids("▁a", "</s>", "▁and"), " a and"),
+        (PROMPT, ids(*["<0xFF>"] * 40, "▁a"), "�" * 40 + " a"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_completion_goes_on_where_the_prompt_ends(name, prompt, completion, expected):
+    assert texts(TEXTS[name], prompt, completion)[:2] == (expected, expected)
+
+
+@given(
+    st.lists(st.sampled_from([*WORDS, "é", "日本", "🙂", " ", "x"]), min_size=1),
+    st.lists(st.sampled_from([*WORDS, "é", "日本", "🙂", " ", "x"])),
+)
+@pytest.mark.parametrize("name", TEXTS)
+def test_prompt_and_completion_join_to_the_whole_text(name, prompt, completion):
+    prompt, completion = ids("▁a", *prompt), ids(*completion)
+    decode = TOKENIZERS[name].decode
+    assert texts(TEXTS[name], prompt, completion) == (decode(prompt + completion)[len(decode(prompt)) :],) * 3
+
+
+@given(st.data(), st.booleans())
+def test_any_tokens_of_a_byte_level_tokenizer_give_the_text_that_transformers_decodes(demo_tokenizer, data, skip):
+    token_ids = data.draw(st.lists(st.integers(0, 400) | st.integers(0, len(demo_tokenizer) - 1), max_size=30))
+    completion = texts(Text(demo_tokenizer), [], token_ids, skip_special_tokens=skip)
+    expected = demo_tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+    assert completion[:2] == (expected, expected)
+
+
+@pytest.fixture(scope="module")
+def demo_tokenizer(demo_model):
+    return transformers.AutoTokenizer.from_pretrained(demo_model)
+
+
+@given(st.lists(st.sampled_from([IDS[token] for token in [*BYTES[0x20:0x40], *BYTES[0xE0:0xF8], "▁a", "</s>"]])))
+@pytest.mark.parametrize("name", TEXTS)
+def test_bytes_that_make_no_character_break_nothing(name, token_ids):
+    for start in range(len(token_ids)):
+        generated, streamed, decoded = texts(
+            TEXTS[name], token_ids[:start], token_ids[start:], skip_special_tokens=False
+        )
+        assert generated == streamed == decoded
+
+
+def test_candidates_are_decoded_after_the_tokens_drawn():
+    detokenizer = Detokenizer(TEXTS["Llama 2"], PROMPT)
+    assert detokenizer.text_of(IDS["▁Paris"]) == " Paris"
+    assert [detokenizer.add(token_id) for token_id in ids("🙂")[:3]] == [""] * 3
+    assert [detokenizer.text_of(i) for i in ids("<0x82>", "<0x83>", "▁a", "<0xF0>")] == ["🙂", "🙃", "��� a", ""]
+    assert detokenizer.add(IDS["<0x82>"]) == "🙂"
+
+
+# --- the same through an LLM -----------------------------------------------------------------------------------------
+
+
+def force(*token_ids):
+    """Have exactly these tokens drawn."""
+
+    def processor(drawn, logits):
+        return torch.full_like(logits, -100.0).index_fill(0, torch.tensor(token_ids[len(drawn)]), 0.0)
+
+    return {"temperature": 0, "max_tokens": len(token_ids), "logits_processors": [processor]}
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    TOKENIZERS["Llama 2"].save_pretrained(folder)
+    model = tiny_model("llama", vocab_size=len(IDS))
+    return LLM(model, tokenizer=folder, device="cpu", max_model_len=128, use_tqdm=False, num_kvcache_blocks=40)
+
+
+UNFINISHED = ids("▁Paris", "<0x0A>", "<0xF0>", "<0x9F>")
+
+
+@pytest.mark.parametrize("completion", [ids("▁Paris", "▁and", "é", "▁a"), UNFINISHED, ids("</s>", "🙂", ".")], ids=str)
+def test_generate_stream_stops_and_logprobs_have_one_text(llm, completion):
+    params = SamplingParams(**force(*completion), logprobs=2, ignore_eos=True, skip_special_tokens=False)
+    (output,) = llm.generate([PROMPT], params, use_tqdm=False)
+    increments = list(llm.stream([PROMPT], params))
+    assert "".join(increment.text for increment in increments) == output["text"]
+    for logprobs in output["logprobs"], [row for increment in increments for row in increment.logprobs]:
+        joined = "".join(row[token_id].decoded_token for token_id, row in zip(completion, logprobs))
+        assert joined == output["text"]
+    first = output["text"][:3]
+    stopping = SamplingParams(**force(*completion), stop=first, include_stop_str_in_output=True, skip_special_tokens=False, ignore_eos=True)  # fmt: skip
+    (output,) = llm.generate([PROMPT], stopping, use_tqdm=False)
+    assert (output["finish_reason"], output["stop_reason"]) == ("stop", first)
+    assert output["text"].startswith(first)
+
+
+def test_a_stop_string_may_begin_with_the_completions_space(llm):
+    (output,) = llm.generate([PROMPT], SamplingParams(**force(*ids("▁Paris", "▁and")), stop=" Paris"), use_tqdm=False)
+    assert (output["text"], output["stop_reason"]) == ("", " Paris")
+
+
+def test_prompt_logprobs_join_to_the_prompt(llm):
+    prompt = ids("▁a", "é", "▁do", "<s>", "日本🙂", "\n", "</s>")
+    (output,) = llm.generate([prompt], greedy(1, prompt_logprobs=3), use_tqdm=False)
+    rows = output.prompt_logprobs
+    texts = ["", *(row[token_id].decoded_token for token_id, row in zip(prompt[1:], rows[1:]))]
+    assert "a" + "".join(texts) == "aé do<s>日本🙂\n</s>"
+    assert texts[1:3] == ["", "é"]
+
+
+def test_without_detokenization_there_is_no_text(llm):
+    params = greedy(3, logprobs=1, prompt_logprobs=1, detokenize=False)
+    (output,) = llm.generate([PROMPT], params, use_tqdm=False)
+    assert output["text"] == ""
+    rows = [*output.prompt_logprobs[1:], *output["logprobs"]]
+    assert {candidate.decoded_token for row in rows for candidate in row.values()} == {None}
+
+
+def test_text_is_never_cleaned_up(demo_model):
+    llm = LLM(demo_model, dtype="float32", max_model_len=64, use_tqdm=False)
+    token_ids = llm.tokenizer(" x != y and a ? b")["input_ids"]
+    llm.tokenizer.clean_up_tokenization_spaces = True
+    params = SamplingParams(**force(*token_ids))
+    assert llm.generate([[1, 2]], params, use_tqdm=False)[0]["text"] == " x != y and a ? b"
+
+
+# --- which tokenizer -------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_tokenizer_is_named_before_the_model_is_loaded(tiny_model, tmp_path):
+    TOKENIZERS["Llama 2"].save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"tokenizer\.json' is damaged"):
+        LLM(tiny_model(), tokenizer=tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 7}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json' cannot be loaded as a tokenizer"):
+        LLM(tiny_model(), tokenizer=tmp_path)
+
+
+def test_a_tokenizer_is_found_by_a_path_that_no_longer_leads_there(tiny_model, tmp_path, monkeypatch):
+    TOKENIZERS["Llama 2"].save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama", vocab_size=len(IDS))
+    llm = LLM(model, tokenizer="tokenizer", device="cpu", max_model_len=64, use_tqdm=False)
+    monkeypatch.chdir("/")
+    params = SamplingParams(**(force(*ids("▁a", "</s>", "▁a")) | {"max_tokens": 9}))
+    (output,) = llm.generate([PROMPT], params, use_tqdm=False)
+    assert (output["text"], output["finish_reason"]) == (" a", "stop"), "the tokenizer's end token is known"
