@@ -1,5 +1,7 @@
 """What only a GPU can show: memory shares, launches that never wait, and the CPU's tokens."""
 
+import math
+import shutil
 import subprocess
 import sys
 import weakref
@@ -8,6 +10,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from test_llm import greedy
 from test_modes import PARAMS, PROMPTS, assert_nothing_leaks, make_llm, run
 
 from nanovllm import LLM, SamplingParams
@@ -204,6 +208,24 @@ def test_flash_attn_refuses_what_it_cannot_do(tiny_model):
         gpu_llm(tiny_model(), attention_backend="flash-attn", dtype="bfloat16", kvcache_block_size=16)
     with pytest.raises(ValueError, match=r"bfloat16 or float16, got torch\.float32"):
         gpu_llm(tiny_model(), attention_backend="flash-attn")
+
+
+def test_flash_attn_keeps_a_request_of_nans_apart(tiny_model, tmp_path):
+    """In bfloat16, where tokens depend on the batch: no other request has a NaN, in the same call or the next one."""
+    pytest.importorskip("flash_attn")
+    folder = shutil.copytree(tiny_model("qwen3", head_dim=64), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][5] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    llm = make_llm(folder, device="cuda", dtype="bfloat16", attention_backend="flash-attn", num_kvcache_blocks=60)
+    healthy = [[(7 * i + j) % 100 + 6 for j in range(3 + 5 * i % 90)] for i in range(20)]
+    params = greedy(12, logprobs=0)
+    sick, *mixed = llm.generate([[5] * 66, *healthy], params, use_tqdm=False)
+    after = llm.generate([*healthy, *healthy, *healthy], params, use_tqdm=False)
+    assert sick["finish_reason"] == "abort"
+    for output in mixed + after:
+        assert output["finish_reason"] == "length"
+        assert math.isfinite(output["cumulative_logprob"])
 
 
 def test_closing_frees_the_weights(tiny_model):

@@ -637,13 +637,6 @@ def test_a_request_of_nans_changes_no_other(options, overflowing_model, device, 
     assert caplog.text.count(f"requests [{mixed[0].request_id}] are aborted: no token can be drawn") == 1
 
 
-def test_flash_attn_keeps_nans_apart_too(overflowing_model, device):
-    pytest.importorskip("flash_attn")
-    if device == "cpu":
-        pytest.skip("flash-attn needs a GPU")
-    test_a_request_of_nans_changes_no_other({"attention_backend": "flash-attn"}, overflowing_model, device, None)
-
-
 @pytest.mark.parametrize("bad", [-math.inf, math.nan])
 def test_where_no_token_can_be_drawn_the_request_is_aborted(bad, tiny_model, device, caplog):
     """By a processor that bans every token, after three of them. An allowed one takes the place of the one not drawn."""
