@@ -219,7 +219,7 @@ def test_flash_attn_keeps_a_request_of_nans_apart(tiny_model, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     llm = make_llm(folder, device="cuda", dtype="bfloat16", attention_backend="flash-attn", num_kvcache_blocks=60)
     healthy = [[(7 * i + j) % 100 + 6 for j in range(3 + 5 * i % 90)] for i in range(20)]
-    params = greedy(12, logprobs=0)
+    params = greedy(12, logprobs=0, logit_bias={5: -100.0})  # nobody else has that token
     sick, *mixed = llm.generate([[5] * 66, *healthy], params, use_tqdm=False)
     after = llm.generate([*healthy, *healthy, *healthy], params, use_tqdm=False)
     assert sick["finish_reason"] == "abort"

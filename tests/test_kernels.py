@@ -217,7 +217,9 @@ def test_gumbel_max(dtype, temperature, device):
     sampling = torch.from_numpy(np.array(packed)).to(device)
     rows = torch.tensor([4, 1, 2], dtype=torch.int32, device=device)
     positions = torch.tensor([0, 9, 1000], dtype=torch.int32, device=device)
-    drawn = gumbel_max(logits, None, rows, positions, sampling).long()
+    last_token = torch.full((6,), 7, dtype=torch.int32, device=device)
+    drawn = gumbel_max(logits, None, rows, positions, sampling, last_token).long()
+    assert last_token.tolist() == [7, drawn[1], drawn[2], 7, drawn[0], 7]
     seeds = SamplingBatch(sampling, rows, positions, True, False).unpack()[-1]
     scores = logits.float() + gumbel_noise(seeds, positions, vocab_size) * temperature
     best = scores.max(-1).values
@@ -232,7 +234,7 @@ def test_gumbel_max_passes_over_what_is_below_the_least(device):
     sampling = torch.from_numpy(np.array(packed)).to(device)
     rows = torch.arange(50, dtype=torch.int32, device=device)
     least = torch.full((50,), 2.0, device=device)
-    drawn = gumbel_max(logits, least, rows, rows, sampling)
+    drawn = gumbel_max(logits, least, rows, rows, sampling, torch.zeros_like(rows))
     assert set(drawn.tolist()) == {1, 2, 3}
 
 
@@ -247,9 +249,11 @@ def test_gumbel_max_marks_rows_from_which_no_token_can_be_drawn(params, device):
     sampling = torch.from_numpy(np.array(packed)).to(device)
     rows = torch.arange(5, dtype=torch.int32, device=device)
     least = truncation.least_kept(logits, rows, sampling) if "top_k" in params else None
-    drawn = gumbel_max(logits, least, rows, rows, sampling).tolist()
+    last_token = torch.full_like(rows, 7)
+    drawn = gumbel_max(logits, least, rows, rows, sampling, last_token).tolist()
     assert drawn[1:4] == [-1, -1, -1]
     assert min(drawn[0], drawn[4]) >= 0
+    assert last_token.tolist() == [drawn[0], 0, 0, 0, drawn[4]]
 
 
 TRUNCATIONS = [

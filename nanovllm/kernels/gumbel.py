@@ -15,9 +15,12 @@ NOTHING = tl.constexpr(-0x7FFFFFFF80000001)
 NAN = tl.constexpr(0x7FFFFFFF7FFFFFFF)
 
 
-def gumbel_max(logits: Tensor, least: Tensor | None, rows: Tensor, positions: Tensor, sampling: Tensor) -> Tensor:
+def gumbel_max(
+    logits: Tensor, least: Tensor | None, rows: Tensor, positions: Tensor, sampling: Tensor, last_token: Tensor
+) -> Tensor:
     """Draw a token for each row of logits [S, vocabulary], whose sampling parameters are `sampling[rows]`, among those
-    that are at least `least` [S] float32. Returns int32 [S], -1 where a logit is NaN or all are -inf."""
+    that are at least `least` [S] float32. Returns int32 [S], -1 where a logit is NaN or all are -inf; `last_token[rows]` is
+    set to them, and to 0 for -1."""
     num_rows, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, BLOCK)
     per_split = triton.cdiv(num_blocks, max(1, TARGET_PROGRAMS // num_rows))
@@ -26,7 +29,19 @@ def gumbel_max(logits: Tensor, least: Tensor | None, rows: Tensor, positions: Te
         logits, logits.stride(0), vocab_size, logits if least is None else least, rows, positions, sampling, best,
         per_split, HAS_LEAST=least is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
-    return 0x7FFFFFFE - best.view(torch.int32)[::2]  # the lower halves
+    token_ids = torch.empty_like(rows)
+    unpack_kernel[(triton.cdiv(num_rows, 128),)](best, rows, token_ids, last_token, num_rows, BLOCK=128)
+    return token_ids
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def unpack_kernel(best, rows, token_ids, last_token, num_rows, BLOCK: tl.constexpr):
+    """The columns of the best scores, in the order of the rows and in their places."""
+    s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = s < num_rows
+    token_id = 0x7FFFFFFE - tl.load(best + s, mask=live).to(tl.int32)
+    tl.store(token_ids + s, token_id, mask=live)
+    tl.store(last_token + tl.load(rows + s, mask=live), tl.maximum(token_id, 0), mask=live)
 
 
 @triton.jit

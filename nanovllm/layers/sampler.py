@@ -53,9 +53,8 @@ def sample(logits: Tensor, batch: SamplingBatch, last_token: Tensor) -> Tensor:
         from nanovllm.kernels import gumbel, truncation
 
         least = truncation.least_kept(logits, batch.rows, batch.sampling) if batch.is_truncated else None
-        token_ids = gumbel.gumbel_max(logits, least, batch.rows, batch.positions, batch.sampling)
-    else:
-        token_ids = draw(logits, batch)
+        return gumbel.gumbel_max(logits, least, batch.rows, batch.positions, batch.sampling, last_token)
+    token_ids = draw(logits, batch)
     last_token[batch.rows] = token_ids.clamp(min=0).int()
     return token_ids
 
