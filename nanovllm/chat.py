@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
 from typing import Any
@@ -12,16 +12,22 @@ from jinja2.meta import find_undeclared_variables
 from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
-PROBE = "is this text in parts"
+PROBE, MARK = "is this text in parts", "is a part shown as it is"
 
 
-def check_template_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
-    """TypeError unless each option is one of `apply_chat_template`, or a variable of the chat template."""
-    unknown = options.keys() - inspect.signature(tokenizer.apply_chat_template).parameters.keys()
+def check_template_options(
+    tokenizer: PreTrainedTokenizerBase, names: Iterable[str], options: Mapping[str, Any]
+) -> None:
+    """TypeError unless each name is one of `apply_chat_template`'s, or a variable of the chat template that `options` choose."""
+    parameters = inspect.signature(tokenizer.apply_chat_template).parameters.values()
+    unknown = set(names) - {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     if unknown:
-        template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
-        template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own tags
-        known = find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template))
+        try:
+            template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
+            template = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", template)  # transformers' own tags
+            known = find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template))
+        except Exception as error:
+            raise ValueError(f"the chat template is damaged: {error}") from error
         if unknown - known:
             raise TypeError(
                 f"chat() got an unknown option {min(unknown - known)!r}: it is no variable of the chat template, which "
@@ -51,7 +57,12 @@ def render(tokenizer: PreTrainedTokenizerBase, name: str, conversation: Seq[Mess
             for m in conversation
         ]
     try:
-        text = apply(conversation)
+        try:
+            text = apply(conversation)
+        except Exception:  # a template may add content that is None to a text
+            if not any(map(_has_none, conversation)):
+                raise
+            text = apply([{**m, "content": ""} if _has_none(m) else m for m in conversation])
         text.encode()  # half a surrogate pair is no text
         return text
     except Exception as error:  # a template is a program, and raises what it likes
@@ -76,14 +87,15 @@ def _has_parts(message: Any) -> bool:
     return isinstance(message, Mapping) and isinstance(message.get("content"), list)
 
 
+def _has_none(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("content", "") is None
+
+
 def _takes_parts(apply: Callable[[Any], str], conversation: Seq[Message]) -> bool:
-    """Whether the template makes of text in one part what it makes of text, or takes parts alone."""
-
-    def rendered(content: Any) -> str:
-        try:
-            return apply([{**m, "content": content} if _has_parts(m) else m for m in conversation])
-        except Exception:
-            return ""
-
-    as_text, in_parts = rendered(PROBE), rendered([{"type": "text", "text": PROBE}])
-    return PROBE in in_parts and (in_parts == as_text or PROBE not in as_text)
+    """Whether the template shows the text of a part, and not the part itself."""
+    part = {"type": "text", "text": PROBE, MARK: MARK}
+    try:
+        text = apply([{**m, "content": [part]} if _has_parts(m) else m for m in conversation])
+    except Exception:
+        return False
+    return PROBE in text and MARK not in text

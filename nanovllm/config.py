@@ -251,9 +251,11 @@ class ModelConfig:
             method = dict(hf.quantization_config).get("quant_method", "of unknown kind")
             raise ValueError(f"quantised checkpoints ({method}) are not supported; bfloat16, float16 and float32 are")
         check_choice("hidden_act", hf.hidden_act, ("silu",))
-        slides = getattr(hf, "use_sliding_window", False) and hf.max_window_layers < hf.num_hidden_layers
+        slides = getattr(hf, "use_sliding_window", False) and getattr(hf, "max_window_layers", 0) < hf.num_hidden_layers
         if slides or "sliding_attention" in (getattr(hf, "layer_types", None) or ()):
-            raise ValueError(f"sliding-window attention (window {hf.sliding_window}) is not supported")
+            raise ValueError(
+                f"sliding-window attention (window {getattr(hf, 'sliding_window', None)}) is not supported"
+            )
         attention_bias = getattr(hf, "attention_bias", False)
         dtype: Any = getattr(hf, "dtype", None) or getattr(hf, "torch_dtype", None) or torch.float32
         head_dim = getattr(hf, "head_dim", None)
@@ -319,7 +321,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         return check_type("its content", content, dict)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} is damaged: {error}") from error
 
 
@@ -328,7 +330,7 @@ def naming(file: Path) -> Iterator[None]:
     """Errors about what a file says are ValueErrors that name it."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, OSError) as error:
         raise ValueError(f"{str(file)!r}: {error}") from error
 
 
@@ -340,6 +342,8 @@ def read_sampling_params(generation: Mapping[str, Any]) -> SamplingParams:
     for name in given.keys() & {"top_k", "max_tokens"}:
         if isinstance(given[name], float) and given[name].is_integer():
             given[name] = int(given[name])  # some files say 50.0
+    if "max_tokens" in given:
+        check_int("max_new_tokens", given["max_tokens"], 1)
     if generation.get("do_sample") is False:
         given["temperature"] = 0.0
     return SamplingParams(**given)

@@ -19,6 +19,7 @@ from nanovllm.chat import check_template_options, render
 from nanovllm.checks import check_list, check_type
 from nanovllm.config import Config, check_token_ids
 from nanovllm.engine.llm_engine import LLMEngine, no_full_collections
+from nanovllm.engine.model_runner import read_model
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models.loader import resolve_model
 from nanovllm.outputs import CompletionOutput, Increment, RequestMetrics, RequestOutput
@@ -45,12 +46,13 @@ class LLM:
     def __init__(self, model: str | PathLike[str], **options: Any):
         self.config = Config.from_options(model, options)
         other = self.config.tokenizer
-        self._tokenizer_folder = resolve_model(other, option="tokenizer") if other is not None else None
+        tokenizer_folder = None if other is None else resolve_model(other, option="tokenizer")
         folder = resolve_model(model, self.config.revision)
-        self._tokenizer_folder = self._tokenizer_folder or folder
+        model_config, tensors = read_model(self.config, folder)
+        self._tokenizer_folder = tokenizer_folder or folder
         self._tokenizer = load_tokenizer(self._tokenizer_folder)
-        self._text = Text(self._tokenizer) if self._tokenizer is not None else None
-        self.engine = LLMEngine(self.config, folder)
+        self._text = None if self._tokenizer is None else Text(self._tokenizer)
+        self.engine = LLMEngine(self.config, model_config, tensors)
         self._ids = count()
         self._ended: list[Sequence] = []  # of `add_request`, until `step` returns them
         self._random = random.Random(self.config.seed)
@@ -116,7 +118,7 @@ class LLM:
             messages: {"role": …, "content": …}, a list for each conversation.
             options: of the tokenizer's `apply_chat_template` and of the model's own chat template:
                 `add_generation_prompt` (True), `continue_final_message`, `tools`, `chat_template`, `enable_thinking` …;
-                vLLM's `chat_template_kwargs` is taken too.
+                vLLM's `chat_template_kwargs` is taken too; of these, as in vLLM, the template may know none.
 
         Raises:
             TypeError, ValueError: as `generate`; no chat template, or one that refuses the conversation; an option that neither
@@ -126,8 +128,8 @@ class LLM:
         tokenizer = self.tokenizer
         is_one = len(messages) > 0 and isinstance(messages[0], Mapping)
         more = check_type("chat_template_kwargs", options.pop("chat_template_kwargs", None) or {}, Mapping)
-        check_template_options(tokenizer, options)
-        options = {"add_generation_prompt": True, **options, **more}
+        names, options = list(options), {"add_generation_prompt": True, **options, **more}
+        check_template_options(tokenizer, names, options)
         prompts = []
         conversations: Any = [messages] if is_one else messages
         for i, conversation in enumerate(conversations):

@@ -14,23 +14,29 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from nanovllm.config import read_json
 from nanovllm.sampling_params import SamplingParams
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+MAIN_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")  # one of them is a tokenizer
+TOKENIZER_FILES = (*MAIN_FILES, "special_tokens_map.json", "added_tokens.json")
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what tokenizers make of bytes that are no character
-MAX_WAITING = 16  # tokens that wait for the end of a character, which has at most 4 bytes; more are no character
+MAX_WAITING = 64  # tokens that wait for the end of a character; more, which are decoded again and again, are none
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in `folder`, None if there is none; ValueError, which names the file, if it is damaged."""
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not files:
+    if not any(file.name in MAIN_FILES for file in files):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise what they like
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # transformers and tokenizers raise what they like; a panic of the latter is no Exception
         for file in files:
             if file.suffix == ".json":
                 read_json(file)
-        raise ValueError(f"{str(files[0])!r} cannot be loaded as a tokenizer: {error}") from error
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"the tokenizer in {str(folder)!r} ({names}) cannot be loaded: {error}") from error
 
 
 class Text:
@@ -70,24 +76,18 @@ class Detokenizer:
     def __init__(self, text: Text, context: Seq[int] = (), skipped: frozenset[int] = frozenset()):
         self._text = text
         self._skipped = skipped
-        self._waiting: list[int] = []  # tokens that end within a character
         self._is_beginning = all(token_id in skipped for token_id in context)
-        # Where the context ends within a character, its last tokens wait too. They are looked for from the first of the last
-        # 4 to 7 on after which a character begins: reading from the middle of one would find none.
-        for num in range(4, 8):
-            self._waiting.clear()
-            characters = [self.add(token_id) for token_id in context[-num:]]
-            if any(characters) or not self._waiting or num >= len(context):
-                break
-        else:
-            self._waiting.clear()
+        self._waiting = self._unfinished(context)  # tokens that end within a character
+        # What they are if the character is not completed: the context's, and not given out.
+        self._of_context = text.added(self._waiting) if self._waiting else ""
 
     @property
     def text_of(self) -> Callable[[int], str]:
-        """A function from a token to what it would add now: its whole characters, nothing if it ends within one."""
-        if self._is_beginning or self._waiting:
-            return lambda token_id: self._text.whole([*self._waiting, token_id], self._is_beginning)
-        return self._text.of_token
+        """A function from a token to what it would add now: its whole characters, nothing if it ends within one.
+
+        Of a token that is skipped it gives the text that is left out.
+        """
+        return self._text_after_waiting if self._is_beginning or self._waiting else self._text.of_token
 
     def add(self, token_id: int) -> str:
         """Add a token; returns the characters that it completes."""
@@ -97,14 +97,37 @@ class Detokenizer:
         self._waiting.append(token_id)
         if new or not self._text.added(self._waiting, self._is_beginning):
             self._waiting.clear()
-            self._is_beginning = False
+            self._is_beginning, self._of_context = False, ""
         return new
+
+    def _text_after_waiting(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return self._text.of_token(token_id)
+        return self._text.whole([*self._waiting, token_id], self._is_beginning).removeprefix(self._of_context)
+
+    def _unfinished(self, context: Seq[int]) -> list[int]:
+        """The last tokens of the context, if it ends within a character.
+
+        They are read from the first of the last 4 to 7 tokens on after which a character begins: from the middle of a
+        character, which has at most 4 bytes, no end of one might be found.
+        """
+        context = [token_id for token_id in context[-16:] if token_id not in self._skipped]
+        for num in range(4, 8):
+            waiting: list[int] = []
+            found_end = num >= len(context)
+            for token_id in context[-num:]:
+                waiting.append(token_id)
+                if self._text.whole(waiting):
+                    waiting, found_end = [], True
+            if found_end:
+                return waiting
+        return []
 
     def rest(self) -> str:
         """The text of the tokens that still wait, when no more come."""
         rest = self._text.added(self._waiting, self._is_beginning) if self._waiting else ""
         self._waiting.clear()
-        return rest
+        return rest.removeprefix(self._of_context)
 
 
 class CompletionText:

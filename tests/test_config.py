@@ -513,7 +513,7 @@ def test_a_damaged_value_is_named_with_its_file(tmp_path: Path, name: str, wrong
     file = tmp_path / name
     file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | wrong))
     (field,) = wrong
-    field = {"rope_parameters": "factor|rope_theta", "max_new_tokens": "max_tokens"}.get(field, field)
+    field = {"rope_parameters": "factor|rope_theta"}.get(field, field)
     with pytest.raises(ValueError, match=f"(?s){re.escape(str(file))}'.*({field})"):
         ModelConfig.from_folder(tmp_path, ModelConfig.from_hf)
 

@@ -321,6 +321,8 @@ SMOLLM_2 = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '
 LOOPS = """{% for message in messages %}<|{{ message.role }}|>{% if message.content is string %}{{ message.content }}
 {%- else %}{% for part in message.content %}{{ part.text }}{% if not loop.last %} + {% endif %}{% endfor %}{% endif %}
 {%- endfor %}"""
+MARKED = "{% for m in messages %}{% if m.content is string %}{{ m.content }}|{% else %}{% for p in m.content %}[T]{{ p.text }}{% endfor %}{% endif %}{% endfor %}"
+SHORT = "{% for m in messages %}{{ raise_exception('long') if m.content | length > 15 else m.content }}|{% endfor %}"
 ONLY_PARTS = (
     "{% for message in messages %}{% for part in message.content %}<{{ part['text'] }}>{% endfor %}{% endfor %}"
 )
@@ -333,8 +335,10 @@ ONLY_PARTS = (
         (LLAMA_3, "<|system|>Be brief.<|eot_id|><|user|>What is\nthis?<|eot_id|>"),
         (SMOLLM_2, "<|im_start|>system\nBe brief.<|im_start|>user\nWhat is\nthis?"),
         (LOOPS, "<|system|>Be brief.<|user|>What is + this?"),
+        (MARKED, "Be brief.|[T]What is[T]this?"),
+        (SHORT, "Be brief.|What is\nthis?|"),
     ],
-    ids=["Qwen 3", "Llama 3", "SmolLM 2", "loops"],
+    ids=["Qwen 3", "Llama 3", "SmolLM 2", "loops", "marked", "short"],
 )
 def test_content_in_parts_is_what_the_template_takes(template, expected, demo):
     """A template that goes through the parts gets them, any other their texts, joined by newlines as in vLLM."""
@@ -364,6 +368,8 @@ def test_a_tool_call_may_have_no_content(demo):
         "{% for m in messages %}[{{ m.content if m.content is string else m.tool_calls[0].function.name }}]{% endfor %}"
     )
     assert demo.chat(chat, greedy(1), use_tqdm=False, chat_template=template)[0].prompt == "[Call f.][f]"
+    for template, end in (QWEN_3, "assistant\n<|im_end|>\n"), (LLAMA_3, "<|eot_id|>"), (SMOLLM_2, "assistant\n"):
+        assert demo.chat(chat, greedy(1), use_tqdm=False, chat_template=template)[0].prompt.endswith(end)
 
 
 def test_an_option_that_nobody_knows_is_refused(demo):

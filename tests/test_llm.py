@@ -665,6 +665,19 @@ def test_where_no_token_can_be_drawn_the_request_is_aborted(bad, tiny_model, dev
     assert_nothing_leaks(llm)
 
 
+def test_what_stands_for_a_token_not_drawn_is_never_cached(tiny_model):
+    """The next step has read another token in its place, and may have computed its KV."""
+    prompt = [7, 8, 9, 10, 11, 12, 13]
+    params = SamplingParams(
+        temperature=0, max_tokens=5, allowed_token_ids=[55, 60], logits_processors=[lambda token_ids, x: x * math.nan]
+    )
+    llm, other = (make_llm(tiny_model(), kvcache_block_size=4) for _ in range(2))
+    assert llm.generate([prompt], params, use_tqdm=False)[0]["token_ids"] == [55]
+    again = [[*prompt, 55, 3]]
+    for results in zip(*(model.generate(again, greedy(5), use_tqdm=False) for model in (llm, other))):
+        assert results[0]["token_ids"] == results[1]["token_ids"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_callers_autocast_changes_nothing(dtype, tiny_model, device):
     llm = make_llm(tiny_model(), device=device)

@@ -390,7 +390,10 @@ def test_a_truncated_file_is_named(folder: Path, num_bytes: int) -> None:
         "{",
         "[]",
         "{}",
-        *(f'{{"weight_map": {m}}}' for m in ("{}", "[]", "null", '{"a": 7}', '{"a": null, "b": "c"}')),
+        *(
+            f'{{"weight_map": {m}}}'
+            for m in ("{}", "[]", "null", '{"a": 7}', '{"a": null, "b": "c"}', '{"a": ["x"]}', '{"a": ""}')
+        ),
     ],
 )
 def test_a_damaged_index_is_named(folder: Path, content: str) -> None:

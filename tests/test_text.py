@@ -75,6 +75,10 @@ PROMPT = ids("<s>", "▁a", "▁do")
         (ids("<s>"), ids("▁Paris", "▁and"), "Paris and"),  # nothing goes before
         (PROMPT, ids("▁a", "</s>", "▁and"), " a and"),
         (PROMPT, ids(*["<0xFF>"] * 40, "▁a"), "�" * 40 + " a"),
+        ([*PROMPT, *ids("�" * 9)], ids("▁and"), " and"),  # characters of the prompt
+        ([*PROMPT, *ids("�", "<0xF0>")], ids("▁and"), " and"),
+        ([*PROMPT, *ids("<0xF0>")], ids("</s>"), ""),
+        (PROMPT, ids("<0xF0>", "<0x9F>", "</s>", "<0x99>", "<0x82>"), "🙂"),
     ],
     ids=str,
 )
@@ -178,6 +182,15 @@ def test_prompt_logprobs_join_to_the_prompt(llm):
     assert texts[1:3] == ["", "é"]
 
 
+def test_a_skipped_token_within_a_character_takes_no_part_in_it(llm):
+    completion = ids("<0xF0>", "<0x9F>", "</s>", "<0x99>", "<0x82>", "<0xF0>", "</s>")
+    params = SamplingParams(**force(*completion), logprobs=0, ignore_eos=True)
+    (output,) = llm.generate([PROMPT], params, use_tqdm=False)
+    assert output["text"] == "🙂�"
+    decoded = [row[token_id].decoded_token for token_id, row in zip(completion, output["logprobs"])]
+    assert decoded == ["", "", "</s>", "", "🙂", "�", "</s>"]
+
+
 def test_without_detokenization_there_is_no_text(llm):
     params = greedy(3, logprobs=1, prompt_logprobs=1, detokenize=False)
     (output,) = llm.generate([PROMPT], params, use_tqdm=False)
@@ -203,7 +216,7 @@ def test_a_damaged_tokenizer_is_named_before_the_model_is_loaded(tiny_model, tmp
     with pytest.raises(ValueError, match=r"tokenizer\.json' is damaged"):
         LLM(tiny_model(), tokenizer=tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": 7}')
-    with pytest.raises(ValueError, match=r"tokenizer\.json' cannot be loaded as a tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer in .* \(tokenizer\.json.*\) cannot be loaded"):
         LLM(tiny_model(), tokenizer=tmp_path)
 
 

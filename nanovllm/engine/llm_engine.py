@@ -12,18 +12,18 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanovllm.config import Config
+from nanovllm.config import Config, ModelConfig
 from nanovllm.distributed import Group
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.model_runner import ModelRunner, SampledTokens, read_model
+from nanovllm.engine.model_runner import ModelRunner, SampledTokens
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.workers import start_workers
+from nanovllm.models.loader import Tensors
 
 # More tokens in a step only leave a CPU's caches: prompts of 16 to 256 tokens ran 10 % faster than in one large step.
 CPU_STEP_TOKENS = 1024
@@ -32,9 +32,9 @@ CPU_STEP_TOKENS = 1024
 class LLMEngine:
     """Owns one model's scheduler and runner."""
 
-    def __init__(self, config: Config, folder: Path):
+    def __init__(self, config: Config, model_config: ModelConfig, tensors: Tensors):
         self.config = config
-        self.model_config, tensors = read_model(config, folder)
+        self.model_config = model_config
         self.model_config.check_ranks(config.tensor_parallel_size)
         self.workers = start_workers(config) if config.tensor_parallel_size > 1 else None
         self.runner: ModelRunner | None = None

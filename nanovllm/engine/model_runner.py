@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanovllm import attention, kernels
 from nanovllm.batch import INT, KVCache
-from nanovllm.config import Config, ModelConfig
+from nanovllm.config import Config, ModelConfig, naming
 from nanovllm.distributed import Group
 from nanovllm.engine.adjust import adjust
 from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_bytes, graph_sizes
@@ -102,7 +102,8 @@ def read_model(config: Config, folder: Path) -> tuple[ModelConfig, Tensors]:
     if config.load_format == "dummy":
         return model_config, {}
     tensors = read_headers(folder)
-    return fit_config(model_config, tensors), tensors
+    with naming(folder / "config.json"):
+        return fit_config(model_config, tensors), tensors
 
 
 class ModelRunner:

@@ -109,10 +109,10 @@ class Scheduler:
         for seq, token_id, logprobs in sampled:
             if seq.is_finished:
                 continue
-            if token_id is None:
-                not_drawn.add(seq.request_id)
             seq.append(token_id, logprobs, now)
-            if seq.row and seq.num_computed_tokens >= (len(seq.prefix_ids) + 1) * block_size:
+            if token_id is None:  # what stands for it is not what the next step has read: its block is not cached
+                not_drawn.add(seq.request_id)
+            elif seq.row and seq.num_computed_tokens >= (len(seq.prefix_ids) + 1) * block_size:
                 self.block_manager.register(seq)
             if seq.is_finished:
                 self._put_away(seq)

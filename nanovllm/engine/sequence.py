@@ -138,7 +138,7 @@ class Sequence:
             reason = "stop"
         elif may_stop and token_id in self.stop_token_ids:
             reason, stop_reason = "stop", token_id
-        if self.text is not None and (reason is None or self.params.include_stop_str_in_output):
+        if self.text is not None and (reason != "stop" or self.params.include_stop_str_in_output):
             stop = self.text.append(token_id, may_stop and reason is None)
             if stop is not None:
                 reason, stop_reason = "stop", stop
@@ -160,9 +160,10 @@ class Sequence:
         """End the completion, for one of the reasons of `CompletionOutput`."""
         self.finish_reason, self.stop_reason, self.finished_time = reason, stop_reason, now
         rest = self.text.finish() if self.text is not None else ""
-        if rest and self.logprobs:  # it is the last token's
-            drawn, last = self.token_ids[-1], self.logprobs[-1]
-            last[drawn] = last[drawn]._replace(decoded_token=last[drawn].decoded_token or rest)
+        for token_id, found in zip(reversed(self.token_ids), reversed(self.logprobs), strict=False) if rest else ():
+            if not found[token_id].decoded_token:  # the last token that waited for the end of its character
+                found[token_id] = found[token_id]._replace(decoded_token=rest)
+                break
 
 
 def _takes_prompt(processor: LogitsProcessor) -> bool:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nanovllm.checks import check_int
-from nanovllm.config import ModelConfig, read_json
+from nanovllm.config import ModelConfig, naming, read_json
 from nanovllm.distributed import Share
 from nanovllm.layers.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from nanovllm.progress import progress_bar
@@ -217,7 +217,7 @@ def _open(file: Path) -> Iterator[Any]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """transformers' choice: model.safetensors, else the files that the index names, else all that are there."""
+    """As transformers: model.safetensors, else the files that the index names. Where it would stop, all that are there."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         if index.is_file():
@@ -236,14 +236,16 @@ def _files(folder: Path) -> list[Path]:
 def _indexed_files(index: Path) -> list[Path]:
     """The files that an index names, which are all in its folder."""
     weight_map = read_json(index).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     for name in names or [None]:
-        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        if not (isinstance(name, str) and name) or Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{str(index)!r} is damaged: its weight_map must name files in its folder, got {name!r}")
-    missing = sorted(name for name in names if not (index.parent / name).is_file())
+    files = [index.parent / name for name in sorted(set(names))]
+    with naming(index):
+        missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(f"checkpoint {str(index.parent)!r} lacks {_some(missing)}, which {index.name} names")
-    return [index.parent / name for name in sorted(names)]
+    return files
 
 
 def _some(names: list[str]) -> str:
