@@ -70,7 +70,9 @@ def check_invariants(scheduler):
     rows = [seq.row for seq in scheduler.running]
     assert sorted(rows + scheduler.free_rows) == list(range(1, scheduler.max_num_seqs + 1))
     assert all(seq.row == 0 and not seq.block_table for seq in scheduler.waiting)
-    assert all(manager.keys[block] == key for key, block in manager.cached.items())
+    cached = {block for block, content in enumerate(manager.contents) if content is not None}
+    assert cached == set(manager.cached.values())
+    assert all(manager.contents[block].hash == key for key, block in manager.cached.items())
 
 
 def run(sequences, scheduler, overlapped, aborts=()):
@@ -244,6 +246,18 @@ def test_a_block_whose_prefix_was_evicted_never_matches_another_prefix():
     cache_prompt(manager, [9, 9])
     assert match(manager, [9, 9, 2, 2, 5]) == [first[0]]
     assert match(manager, [1, 1, 2, 2, 5]) == []
+
+
+def test_a_collision_of_hashes_is_no_hit(monkeypatch):
+    """With one hash for all, blocks are told apart by their tokens and their parents."""
+    monkeypatch.setattr("nanovllm.engine.block_manager.xxh3_128_digest", lambda data: bytes([len(data)]))
+    manager = BlockManager(9, 2)
+    first = cache_prompt(manager, [1, 1, 2, 2])
+    assert match(manager, [1, 1, 2, 2, 3]) == first
+    assert match(manager, [1, 2, 2, 2, 3]) == []
+    second = cache_prompt(manager, [3, 3, 2, 2])  # takes the places of the first
+    assert match(manager, [3, 3, 2, 2, 3]) == second
+    assert match(manager, [1, 1, 2, 2, 3]) == []
 
 
 def test_uncached_blocks_are_taken_first_then_the_least_recently_used():

@@ -1,16 +1,27 @@
 """BlockManager: owns the paged KV blocks: who holds them, which are free, and which prefixes they cache.
 
-A full block is cached under what determines its KV: the prefix that it continues, named by a number that no other
-prefix ever had, and its own token ids. The dictionary compares both, so a hit can never be another request's KV,
-whatever its hash; a separate digest would have to be checked against the same facts.
+A full block is found by its hash, the xxh3 of 128 bits of the hash of the block before it and of its own token ids. A hash
+may collide, and one request must never have another's KV: on a hit the token ids are compared, and the prefix before the
+block, which is named by a number that no other prefix ever had.
 """
 
+from array import array
 from collections import OrderedDict
 from itertools import count
+from typing import NamedTuple
+
+from xxhash import xxh3_128_digest
 
 from nanovllm.engine.sequence import Sequence
 
-PrefixKey = tuple[int, tuple[int, ...]]  # (number of the prefix before this block, the block's token ids)
+
+class CachedBlock(NamedTuple):
+    """A block in the prefix cache: what determines its KV, its hash, and the number of the prefix that ends with it."""
+
+    parent_id: int  # number of the prefix before it; 0 is none
+    token_ids: bytes  # int32
+    hash: bytes
+    prefix_id: int
 
 
 class BlockManager:
@@ -26,22 +37,23 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
         self.ref_counts = [0] * num_blocks
-        self.cached: dict[PrefixKey, int] = {}
-        self.keys: list[PrefixKey | None] = [None] * num_blocks
-        self.prefix_ids = [0] * num_blocks  # of each cached block: the number of the prefix that ends with it
+        self.cached: dict[bytes, int] = {}  # blocks by their hashes
+        self.contents: list[CachedBlock | None] = [None] * num_blocks
         self._next_prefix_id = count(1)
 
     def match(self, seq: Sequence) -> list[int]:
         """The cached blocks that `seq` begins with. Its last token is left out: it must be computed for its logits."""
         blocks: list[int] = []
         if self.enable_prefix_caching and not seq.awaits_prompt_logprobs:
-            parent = 0
+            parent_id = 0
             for i in range((len(seq.token_ids) - 1) // self.block_size):
-                block = self.cached.get(self._key(seq, i, parent))
-                if block is None:
+                token_ids = self._token_ids(seq, i)
+                block = self.cached.get(self._hash(seq, i, token_ids), 0)
+                content = self.contents[block]
+                if content is None or content[:2] != (parent_id, token_ids):
                     break
                 blocks.append(block)
-                parent = self.prefix_ids[block]
+                parent_id = content.prefix_id
         return blocks
 
     def share(self, seq: Sequence, blocks: list[int]) -> None:
@@ -51,7 +63,7 @@ class BlockManager:
                 del self.free[block]
             self.ref_counts[block] += 1
         seq.block_table = list(blocks)
-        seq.prefix_ids = [self.prefix_ids[block] for block in blocks]
+        seq.prefix_ids = [content.prefix_id for block in blocks if (content := self.contents[block])]
 
     def extend(self, seq: Sequence, num_tokens: int) -> bool:
         """Give `seq` room for `num_tokens` tokens in all; False, with nothing done, if too few blocks are free."""
@@ -60,9 +72,7 @@ class BlockManager:
             return False
         for _ in range(short):
             block, _none = self.free.popitem(last=False)
-            if key := self.keys[block]:
-                del self.cached[key]
-                self.keys[block] = None
+            self._forget(block)
             self.ref_counts[block] = 1
             seq.block_table.append(block)
         return True
@@ -73,14 +83,18 @@ class BlockManager:
             return
         num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
         for i in range(len(seq.prefix_ids), num_full):
-            key = self._key(seq, i, seq.prefix_ids[-1] if seq.prefix_ids else 0)
-            block = self.cached.get(key)
-            if block is None:
+            parent_id = seq.prefix_ids[-1] if seq.prefix_ids else 0
+            token_ids = self._token_ids(seq, i)
+            block_hash = self._hash(seq, i, token_ids)
+            other = self.cached.get(block_hash, 0)
+            content = self.contents[other]
+            if content is None or content[:2] != (parent_id, token_ids):
+                self._forget(other)  # whose hash collides, if there is one
                 block = seq.block_table[i]
-                self.cached[key] = block
-                self.keys[block] = key
-                self.prefix_ids[block] = next(self._next_prefix_id)
-            seq.prefix_ids.append(self.prefix_ids[block])
+                content = CachedBlock(parent_id, token_ids, block_hash, next(self._next_prefix_id))
+                self.cached[block_hash] = block
+                self.contents[block] = content
+            seq.prefix_ids.append(content.prefix_id)
 
     def release(self, seq: Sequence) -> None:
         """Take the blocks of `seq` back, its last one first, so that the ends of prefixes are evicted first."""
@@ -88,7 +102,7 @@ class BlockManager:
             self.ref_counts[block] -= 1
             if self.ref_counts[block] == 0:
                 self.free[block] = None
-                if self.keys[block] is None:
+                if self.contents[block] is None:
                     self.free.move_to_end(block, last=False)
         seq.block_table = []
         seq.prefix_ids = []
@@ -96,7 +110,20 @@ class BlockManager:
     def forget_all(self) -> None:
         """Empty the prefix cache. Who holds blocks keeps them."""
         self.cached.clear()
-        self.keys = [None] * self.num_blocks
+        self.contents = [None] * self.num_blocks
 
-    def _key(self, seq: Sequence, i: int, parent: int) -> PrefixKey:
-        return parent, tuple(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])
+    def _forget(self, block: int) -> None:
+        content = self.contents[block]
+        if content is not None:
+            del self.cached[content.hash]
+            self.contents[block] = None
+
+    def _hash(self, seq: Sequence, i: int, token_ids: bytes) -> bytes:
+        """The hash of block `i`, whose predecessors are hashed; it is computed once in the life of a sequence."""
+        hashes = seq.block_hashes
+        if i == len(hashes):
+            hashes.append(xxh3_128_digest(hashes[-1] + token_ids if hashes else token_ids))
+        return hashes[i]
+
+    def _token_ids(self, seq: Sequence, i: int) -> bytes:
+        return array("i", seq.token_ids[i * self.block_size : (i + 1) * self.block_size]).tobytes()

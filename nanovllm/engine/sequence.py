@@ -50,6 +50,7 @@ class Sequence:
     num_pending: int = 0
     num_cached_tokens: int | None = None  # prompt tokens that the prefix cache held at the first admission
     block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks
     prefix_ids: list[int] = field(default_factory=list)  # of the leading blocks that the prefix cache knows
     row: int = 0
     finish_reason: FinishReason | None = None
