@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import AttentionBackend
-from nanovllm.batch import Batch
+from nanovllm.engine.batch import Batch
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = PROJECT / "models" / "SmolLM2-135M-Instruct"

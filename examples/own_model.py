@@ -18,12 +18,12 @@ from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import AttentionBackend
-from nanovllm.batch import Batch, KVCache
 from nanovllm.checks import check_choice
 from nanovllm.config import ModelConfig
-from nanovllm.distributed import Group
+from nanovllm.engine.batch import Batch, KVCache
 from nanovllm.layers.rotary import Rotary
 from nanovllm.models.decoder import Attention, Decoder, DecoderLayer
+from nanovllm.parallel.group import Group
 
 MULTIPLIERS = "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"
 

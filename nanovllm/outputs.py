@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort"]
 
-# A token's log-probability and rank, and those of the most likely tokens with their ids: see layers.sampler.logprobs.
+# A token's log-probability and rank, and those of the most likely tokens with their ids: see extras.logprobs.logprobs.
 LogprobRow = tuple[float, int, list[float], list[int]]
 
 

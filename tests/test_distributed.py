@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from parallel_models import FailsAtStart, FailsInTheMiddle
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.distributed import Group
 from nanovllm.engine.memory import GIB, check_weights_fit
-from nanovllm.engine.workers import Workers, set_tcp_options
 from nanovllm.layers.linear import vocabulary_share
+from nanovllm.parallel.group import Group
+from nanovllm.parallel.workers import Workers, set_tcp_options
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers are joined by socket pairs")
 

@@ -19,12 +19,12 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from nanovllm.attention.triton import decode_tiles, prefill_tiles
-from nanovllm.kernels.all_reduce import all_reduce_kernel
+from nanovllm.parallel.all_reduce import all_reduce_kernel
 from nanovllm.kernels.gumbel import gumbel_max_kernel, unpack_kernel
-from nanovllm.kernels.logprobs import norm_and_rank_kernel
+from nanovllm.extras.logprobs_kernel import norm_and_rank_kernel
 from nanovllm.kernels.paged_attention import attention_kernel
 from nanovllm.kernels.rotary_store import norm_rotate_store_kernel
-from nanovllm.kernels.truncation import UNUSED_BITS, least_kept_kernel
+from nanovllm.extras.truncation_kernel import UNUSED_BITS, least_kept_kernel
 
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 FLOATS = ("q_ptr", "k_cache", "v_cache", "out_ptr")

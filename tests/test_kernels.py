@@ -19,14 +19,12 @@ pytest.importorskip("triton", reason="needs triton")
 
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.attention.triton import TritonAttention, split_chunks, split_decodes
-from nanovllm.batch import Batch
-from nanovllm.engine.packing import int32
-from nanovllm.kernels import logprobs, truncation
-from nanovllm.kernels.all_reduce import PROGRAMS, all_reduce, memory_bytes
+from nanovllm.engine.batch import Batch, int32
+from nanovllm.extras import logprobs, logprobs_kernel, truncation, truncation_kernel
 from nanovllm.kernels.gumbel import gumbel_max
-from nanovllm.layers import sampler
 from nanovllm.layers.rotary import RopeConfig, RotaryEmbedding
 from nanovllm.layers.sampler import SamplingBatch, gumbel_noise, pack_sampling
+from nanovllm.parallel.all_reduce import PROGRAMS, all_reduce, memory_bytes
 from nanovllm.sampling_params import SamplingParams
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -248,7 +246,7 @@ def test_gumbel_max_marks_rows_from_which_no_token_can_be_drawn(params, device):
     packed = [pack_sampling(SamplingParams(**params), i, 5000) for i in range(5)]
     sampling = torch.from_numpy(np.array(packed)).to(device)
     rows = torch.arange(5, dtype=torch.int32, device=device)
-    least = truncation.least_kept(logits, rows, sampling) if "top_k" in params else None
+    least = truncation_kernel.least_kept(logits, rows, sampling) if "top_k" in params else None
     last_token = torch.full_like(rows, 7)
     drawn = gumbel_max(logits, least, rows, rows, sampling, last_token).tolist()
     assert drawn[1:4] == [-1, -1, -1]
@@ -285,8 +283,8 @@ def test_least_kept(dtype, spread, device):
     packed = [pack_sampling(SamplingParams(**params), 0, vocab_size) for params in TRUNCATIONS]
     sampling = torch.from_numpy(np.array(packed)).to(device)
     rows = torch.arange(len(TRUNCATIONS), dtype=torch.int32, device=device)
-    ours = truncation.least_kept(logits, rows, sampling)
-    twin = sampler.least_kept(logits, SamplingBatch(sampling, rows, rows, True, True))
+    ours = truncation_kernel.least_kept(logits, rows, sampling)
+    twin = truncation.least_kept_by_sorting(logits, SamplingBatch(sampling, rows, rows, True, True))
     uses = torch.tensor([SamplingParams(**params).is_truncated for params in TRUNCATIONS], device=device)
     assert torch.equal((logits >= ours[:, None])[uses], (logits >= twin[:, None])[uses])
     assert (ours[~uses] == -torch.inf).all()
@@ -302,8 +300,8 @@ def test_norm_and_rank(dtype, vocab_size, device):
     logits[2] = 0.0
     logits[3] += 30000.0
     drawn = logits.gather(1, torch.randint(vocab_size, (7, 1), device=device))
-    norm, rank = logprobs.norm_and_rank(logits, drawn)
-    twin_norm, twin_rank = sampler.norm_and_rank(logits, drawn)
+    norm, rank = logprobs_kernel.norm_and_rank(logits, drawn)
+    twin_norm, twin_rank = logprobs.norm_and_rank(logits, drawn)
     torch.testing.assert_close(norm, twin_norm, atol=1e-5, rtol=1e-6)
     assert torch.equal(rank.long(), twin_rank)
 
@@ -313,8 +311,8 @@ import os, signal, sys
 os.environ["TRITON_INTERPRET"] = "1"
 signal.alarm(300)  # it would wait for ever for one that has failed
 import torch
-from nanovllm.kernels import all_reduce as kernel
-from nanovllm.kernels.all_reduce import PROGRAMS, all_reduce, memory_bytes
+from nanovllm.parallel import all_reduce as kernel
+from nanovllm.parallel.all_reduce import PROGRAMS, all_reduce, memory_bytes
 kernel.ONE_PASS_BYTES = 1000
 rank, paths, capacity = int(sys.argv[1]), sys.argv[2:], 2**13
 size = memory_bytes(len(paths), capacity)

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.config import ModelConfig
-from nanovllm.distributed import Group, Share
 from nanovllm.layers.linear import ColumnParallelLinear, Linear
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import Tensors, fit_config, load_dummy, load_weights, read_headers, resolve_model
+from nanovllm.parallel.group import Group, Share
 
 WEIGHTS = "model.safetensors"
 TINY: dict[str, Any] = {

@@ -13,10 +13,10 @@ NEEDS = {  # what is imported only where it is used
     "nanovllm.attention.flash": ["flash_attn", "triton"],
     "nanovllm.attention.triton": ["triton"],
     "nanovllm.kernels.gumbel": ["triton"],
-    "nanovllm.kernels.logprobs": ["triton"],
+    "nanovllm.extras.logprobs_kernel": ["triton"],
     "nanovllm.kernels.paged_attention": ["triton"],
     "nanovllm.kernels.rotary_store": ["triton"],
-    "nanovllm.kernels.truncation": ["triton"],
+    "nanovllm.extras.truncation_kernel": ["triton"],
 }
 
 
@@ -57,3 +57,9 @@ def test_importing_needs_neither_triton_nor_flash_attn(installed, tmp_path):
     code = "import sys; sys.modules['triton'] = sys.modules['flash_attn'] = None; import nanovllm; nanovllm.LLM"
     result = run_python(code, installed, tmp_path)
     assert result.returncode == 0, result.stderr
+
+
+def test_importing_the_core_imports_no_extras_and_of_several_ranks_the_group_alone():
+    code = "import sys, nanovllm; print([m for m in sys.modules if m.startswith(('nanovllm.extras', 'nanovllm.parallel'))])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "['nanovllm.parallel', 'nanovllm.parallel.group']"

@@ -8,7 +8,9 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 import nanovllm.layers.sampler
 from nanovllm import SamplingParams
-from nanovllm.layers.sampler import SamplingBatch, gumbel_noise, largest_by_groups, least_kept, logprobs, pack_sampling
+from nanovllm.extras.logprobs import largest_by_groups, logprobs
+from nanovllm.extras.truncation import least_kept
+from nanovllm.layers.sampler import SamplingBatch, gumbel_noise, pack_sampling
 
 COMBINATIONS = {
     "plain": {},

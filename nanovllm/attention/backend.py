@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import RMSNorm
 
-from nanovllm.batch import INT, Batch
+from nanovllm.engine.batch import INT, Batch
 from nanovllm.layers.rotary import Rotary, apply_rotary
 
 

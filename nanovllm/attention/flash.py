@@ -8,8 +8,8 @@ from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
-from nanovllm.batch import INT, Batch
 from nanovllm.config import ModelConfig
+from nanovllm.engine.batch import INT, Batch
 from nanovllm.kernels import MAX_HEAD_DIM
 from nanovllm.kernels.rotary_store import norm_rotate_store
 

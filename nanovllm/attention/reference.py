@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
-from nanovllm.batch import Batch
+from nanovllm.engine.batch import Batch
 
 # Decode rows attend in groups of similar length: a group more costs about as much as so many tokens of padding.
 PADDING_TOKENS = 2048

@@ -18,8 +18,8 @@ import triton
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
-from nanovllm.batch import INT, Batch
 from nanovllm.config import ModelConfig
+from nanovllm.engine.batch import INT, Batch
 from nanovllm.kernels import MAX_HEAD_DIM
 from nanovllm.kernels.gumbel import INTERPRETED
 from nanovllm.kernels.paged_attention import attention_kernel

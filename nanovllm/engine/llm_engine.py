@@ -12,18 +12,20 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nanovllm.config import Config, ModelConfig
-from nanovllm.distributed import Group
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import ModelRunner, SampledTokens
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.workers import start_workers
 from nanovllm.models.loader import Tensors
+from nanovllm.parallel.group import Group
+
+if TYPE_CHECKING:
+    from nanovllm.parallel.workers import Workers
 
 # More tokens in a step only leave a CPU's caches: prompts of 16 to 256 tokens ran 10 % faster than in one large step.
 CPU_STEP_TOKENS = 1024
@@ -36,7 +38,11 @@ class LLMEngine:
         self.config = config
         self.model_config = model_config
         self.model_config.check_ranks(config.tensor_parallel_size)
-        self.workers = start_workers(config) if config.tensor_parallel_size > 1 else None
+        self.workers: Workers | None = None
+        if config.tensor_parallel_size > 1:
+            from nanovllm.parallel.workers import start_workers
+
+            self.workers = start_workers(config)
         self.runner: ModelRunner | None = None
         try:
             with _on(config.device_of(0)), no_full_collections():

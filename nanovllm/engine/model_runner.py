@@ -19,20 +19,28 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nanovllm import attention, kernels
-from nanovllm.batch import INT, KVCache
 from nanovllm.config import Config, ModelConfig, naming
-from nanovllm.distributed import Group
-from nanovllm.engine.adjust import adjust
+from nanovllm.engine.batch import (
+    INT,
+    TOKEN_MULTIPLE,
+    TRASH,
+    TRASH_ROW,
+    DeviceTables,
+    KVCache,
+    PackedStep,
+    int32,
+    pack_batch,
+)
 from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_bytes, graph_sizes
 from nanovllm.engine.memory import CudaMemory, available_host_memory, check_weights_fit, gib
-from nanovllm.engine.packing import TOKEN_MULTIPLE, TRASH, TRASH_ROW, DeviceTables, PackedStep, int32, pack_batch
 from nanovllm.engine.scheduler import ScheduledChunk, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.linear import Linear, limit_onednn_caches
-from nanovllm.layers.sampler import SamplingBatch, logprobs, pack_sampling, sample
+from nanovllm.layers.sampler import SamplingBatch, pack_sampling, sample
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import Tensors, fit_config, load_dummy, load_weights, match_tensors, read_headers
 from nanovllm.outputs import LogprobRow
+from nanovllm.parallel.group import Group
 from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -40,7 +48,7 @@ logger = logging.getLogger(__name__)
 HEAD_ROWS = 256  # of a prompt go through the head at once
 
 InStep = Callable[[bytes], AbstractContextManager[None]]  # `Workers.in_step`
-Logprobs = tuple[Tensor, ...]  # see layers.sampler.logprobs; empty if nobody asks
+Logprobs = tuple[Tensor, ...]  # see extras.logprobs.logprobs; empty if nobody asks
 
 
 class Launched(NamedTuple):
@@ -84,6 +92,8 @@ class SampledTokens:
 
 def _read_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
     """`logprobs`, on its way to the CPU."""
+    from nanovllm.extras.logprobs import logprobs
+
     return tuple(found.to("cpu", non_blocking=True) for found in logprobs(logits, token_ids.long(), num_top))
 
 
@@ -179,7 +189,11 @@ class ModelRunner:
         if sequences:
             special = [(i, seq) for i, seq in enumerate(sequences) if not seq.is_plain]
             asking = [(i, seq) for i, seq in special if seq.adjusts_logits and not seq.is_finished]
-            logits = adjust(raw_logits, asking, self._send) if asking else raw_logits
+            logits = raw_logits
+            if asking:
+                from nanovllm.extras.logit_rules import adjust
+
+                logits = adjust(raw_logits, asking, self._send)
             is_random = any(seq.params.temperature > 0 for seq in sequences)
             is_truncated = any(seq.params.is_truncated for _, seq in special)
             batch = SamplingBatch(self.tables.sampling, rows, positions, is_random, is_truncated)

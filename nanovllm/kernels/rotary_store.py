@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import RMSNorm
 
-from nanovllm.batch import Batch
+from nanovllm.engine.batch import Batch
 from nanovllm.layers.rotary import Rotary
 
 

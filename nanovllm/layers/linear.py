@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm.distributed import Group, Share
+from nanovllm.parallel.group import Group, Share
 
 
 class Linear(nn.Module):

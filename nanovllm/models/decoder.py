@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.attention import AttentionBackend
-from nanovllm.batch import Batch, KVCache
 from nanovllm.config import ModelConfig
-from nanovllm.distributed import Group
+from nanovllm.engine.batch import Batch, KVCache
 from nanovllm.layers.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, vocabulary_share
 from nanovllm.layers.rotary import Rotary, RotaryEmbedding
+from nanovllm.parallel.group import Group
 
 
 class Attention(nn.Module):

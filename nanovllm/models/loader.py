@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from nanovllm.checks import check_int
 from nanovllm.config import ModelConfig, naming, read_json
-from nanovllm.distributed import Share
 from nanovllm.layers.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+from nanovllm.parallel.group import Share
 from nanovllm.progress import progress_bar
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from torch import Tensor
 from nanovllm import kernels
 
 if TYPE_CHECKING:
-    from nanovllm.peer_memory import PeerMemory
+    from nanovllm.parallel.peer_memory import PeerMemory
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Group:
 
     def _share_memory(self, store: dist.Store) -> None:
         """All ranks do, or none."""
-        from nanovllm.peer_memory import PeerMemory
+        from nanovllm.parallel.peer_memory import PeerMemory
 
         memory = self.peer_memory = PeerMemory(self.device, self.rank, self.size)  # closed with the group
         can_share = True

@@ -28,10 +28,10 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.config import Config
-from nanovllm.distributed import TIMEOUT, Group
+from nanovllm.engine.batch import PackedStep
 from nanovllm.engine.model_runner import ModelRunner, read_model
-from nanovllm.engine.packing import PackedStep
 from nanovllm.models.loader import resolve_model
+from nanovllm.parallel.group import TIMEOUT, Group
 
 CLOSE, EXIT = b"", b"exit"  # in place of a step, and of a model
 GRACE_SECONDS = 10  # for workers to say why they failed, and to exit
@@ -181,7 +181,7 @@ def start_workers(config: Config) -> Workers:
         ours, theirs = socket.socketpair()
         arguments = [str(number) for number in (rank, size, store.port, theirs.fileno())]
         process = subprocess.Popen(
-            [sys.executable, "-c", "from nanovllm.engine.workers import main; main()", *arguments],
+            [sys.executable, "-c", "from nanovllm.parallel.workers import main; main()", *arguments],
             env=environment,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,

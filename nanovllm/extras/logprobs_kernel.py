@@ -1,4 +1,4 @@
-"""What log-probabilities need of whole rows of logits, in one pass. The twin is `layers.sampler.norm_and_rank`."""
+"""What log-probabilities need of whole rows of logits, in one pass. The twin is `logprobs.norm_and_rank`."""
 
 import torch
 import triton

@@ -6,8 +6,8 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from nanovllm import SamplingParams
-from nanovllm.engine.adjust import adjust
 from nanovllm.engine.sequence import Sequence
+from nanovllm.extras.logit_rules import adjust
 
 VOCAB_SIZE = 50
 PROMPT, COMPLETION = [3, 4, 4, 9], [9, 9, 1]

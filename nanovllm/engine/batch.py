@@ -1,25 +1,60 @@
-"""The way of a step to the devices: its numbers packed into arrays, sent in one copy, and unpacked into Batches."""
+"""Batch and KVCache, which the model is handed, and the way of a step to them: its numbers packed into arrays, sent to the
+devices in one copy, and unpacked."""
 
 import marshal
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from nanovllm.attention import AttentionBackend
-from nanovllm.batch import INT, Batch
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import ScheduledChunk
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
+if TYPE_CHECKING:
+    from nanovllm.attention import AttentionBackend
+
+INT = NDArray[np.int32]
+
 # Chunks are padded to a multiple of so many tokens where layers are compiled, which makes a variant for one token.
 TOKEN_MULTIPLE = 8
 TRASH = Sequence(0, [0] * TOKEN_MULTIPLE, SamplingParams(), seed=0, max_tokens=1)  # padding, in row 0 and block 0
 TRASH_ROW = ScheduledChunk(TRASH, 0, 1, is_sampled=False)
+
+
+@dataclass
+class Batch:
+    """T tokens of B sequences: the last token of each (`is_decode`), or chunks of prompts. Tensors are on the device.
+
+    `plan` is what the attention backend's `plan` made of it on the CPU, `attention` what its `prepare` made of both.
+    """
+
+    is_decode: bool
+    input_ids: Tensor  # [T] int32
+    positions: Tensor  # [T] int32
+    slot_mapping: Tensor  # [T] int64, where each token's KV goes: block * block_size + offset
+    rows: Tensor  # [B] int32, of `block_tables`
+    context_lens: Tensor  # [B] int32, tokens to attend to: those cached and this step's
+    block_tables: Tensor  # [rows, blocks of the longest sequence] int32
+    block_size: int
+    query_lens: INT  # [B] tokens of this step, on the CPU
+    cpu_context_lens: INT  # [B] on the CPU
+    plan: list[Tensor]
+    attention: Any = None
+
+
+@dataclass(eq=False)
+class KVCache:
+    """A layer's keys and values, [blocks, block_size, H_kv, D] both. An object that a compiler does not look into:
+    it would compile the layer anew for another number of blocks."""
+
+    k: Tensor
+    v: Tensor
 
 
 class PackedStep(NamedTuple):
@@ -44,7 +79,7 @@ class PackedStep(NamedTuple):
         return cls(*([np.frombuffer(data, np.int32).reshape(shape) for shape, data in g] for g in groups))
 
 
-def pack_batch(is_decode: bool, chunks: list[ScheduledChunk], backend: AttentionBackend) -> list[INT]:
+def pack_batch(is_decode: bool, chunks: list[ScheduledChunk], backend: "AttentionBackend") -> list[INT]:
     """The arrays of a batch: rows, context_lens and query_lens [B]; the row, the position and the id of each token [T],
     but no ids of decode rows, which the device has; and the attention plan. Nothing of no chunks."""
     if not chunks:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanovllm.kernels.all_reduce import ONE_PASS_BYTES, PROGRAMS, all_reduce, memory_bytes
+from nanovllm.parallel.all_reduce import ONE_PASS_BYTES, PROGRAMS, all_reduce, memory_bytes
 
 NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED: over NVLink
 LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS

@@ -1,4 +1,4 @@
-"""min-p, top-k and top-p as one threshold for each row of logits. The twin is `layers.sampler.least_kept`.
+"""min-p, top-k and top-p as one threshold for each row of logits. The twin is `truncation.least_kept_by_sorting`.
 
 The threshold is such that the tokens at or above it reach a count, or a mass. It is searched on the floats' bits, whose
 order as integers is the floats', three pivots to a pass over the row, one program to a row: no sort, and nothing that
