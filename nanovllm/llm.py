@@ -2,9 +2,10 @@
 
 import random
 import sys
+import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import chain, count
@@ -45,6 +46,7 @@ class LLM:
 
     def __init__(self, model: str | PathLike[str], **options: Any):
         self.config = Config.from_options(model, options)
+        self._turn = threading.RLock()  # one call at a time
         other = self.config.tokenizer
         tokenizer_folder = None if other is None else resolve_model(other, option="tokenizer")
         folder = resolve_model(model, self.config.revision)
@@ -54,7 +56,8 @@ class LLM:
         self._text = None if self._tokenizer is None else Text(self._tokenizer)
         self.engine = LLMEngine(self.config, model_config, tensors)
         self._ids = count()
-        self._ended: list[Sequence] = []  # of `add_request`, until `step` returns them
+        self._added: set[int] = set()  # requests of `add_request` that `step` has not returned
+        self._ended: dict[Sequence, None] = {}  # those of their sequences that have ended
         self._random = random.Random(self.config.seed)
         eos_token_ids = check_token_ids("the tokenizer's eos_token_id", getattr(self._tokenizer, "eos_token_id", None))
         eos_token_ids |= self.engine.model_config.eos_token_ids
@@ -77,9 +80,12 @@ class LLM:
                 unfinished goes on, of `add_request` and `stream` neither, and nothing is cached. The LLM can be used
                 again, unless it has several ranks and one of them failed.
         """
-        requests = {request[0].request_id: request for request in self._make_requests(prompts, sampling_params)}
+        with self._turn:
+            requests = {request[0].request_id: request for request in self._make_requests(prompts, sampling_params)}
+            return self._complete(requests, use_tqdm)
+
+    def _complete(self, requests: dict[int, list[Sequence]], use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[int, RequestOutput] = {}
-        finished: list[Sequence] = []
 
         def collect(request_ids: Iterable[int]) -> None:
             """Make the outputs of those requests that are done."""
@@ -89,22 +95,21 @@ class LLM:
                     outputs[request_id] = self._make_output(request)
 
         try:
-            self._start(requests.values(), finished)
+            self._add(requests.values())
             num_tokens: Counter[str] = Counter()
             options: dict[str, Any] = {"desc": "Generating", "unit": "request", "disable": not use_tqdm}
             with progress_bar(total=len(requests), **options) as bar:
                 while len(outputs) < len(requests) and self.engine.scheduler.has_unfinished:
                     step = self.engine.step()
                     num_tokens.update(prefill=step.num_prefill_tokens, decode=step.num_decode_tokens)
-                    collect({seq.request_id for seq in finished})
-                    finished.clear()
+                    collect({seq.request_id for seq in self._take_ended()} & requests.keys())
                     if use_tqdm:
                         self._show(bar, len(outputs), num_tokens)
         except BaseException as error:
             try:
                 collect(requests)
             finally:
-                self.engine.scheduler.abort(set(requests))
+                self.engine.scheduler.abort(requests)
                 error.outputs = [outputs.get(request_id) for request_id in requests]  # type: ignore[attr-defined]
             raise
         return [outputs[request_id] for request_id in requests]
@@ -124,53 +129,72 @@ class LLM:
             TypeError, ValueError: as `generate`; no chat template, or one that refuses the conversation; an option that neither
                 knows.
         """
-        check_list("messages", messages, check_type, Seq | Mapping)
-        tokenizer = self.tokenizer
-        is_one = len(messages) > 0 and isinstance(messages[0], Mapping)
-        more = check_type("chat_template_kwargs", options.pop("chat_template_kwargs", None) or {}, Mapping)
-        names, options = list(options), {"add_generation_prompt": True, **options, **more}
-        check_template_options(tokenizer, names, options)
-        prompts = []
-        conversations: Any = [messages] if is_one else messages
-        for i, conversation in enumerate(conversations):
-            text = render(tokenizer, f"messages[{i}]", conversation, options)
-            prompts.append({"prompt": text, "prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]})
-        return self.generate(prompts, sampling_params, use_tqdm)
+        with self._turn:
+            check_list("messages", messages, check_type, Seq | Mapping)
+            tokenizer = self.tokenizer
+            is_one = len(messages) > 0 and isinstance(messages[0], Mapping)
+            more = check_type("chat_template_kwargs", options.pop("chat_template_kwargs", None) or {}, Mapping)
+            names, options = list(options), {"add_generation_prompt": True, **options, **more}
+            check_template_options(tokenizer, names, options)
+            prompts = []
+            conversations: Any = [messages] if is_one else messages
+            for i, conversation in enumerate(conversations):
+                text = render(tokenizer, f"messages[{i}]", conversation, options)
+                prompts.append(
+                    {"prompt": text, "prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
+                )
+            return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[Increment]:
         """As `generate`, step by step: an iterator of what is new. Leaving it drops what is not finished."""
-        return self._increments(self._make_requests(prompts, sampling_params))
+        with self._turn:
+            return self._increments(self._make_requests(prompts, sampling_params))
 
     def _increments(self, requests: list[list[Sequence]]) -> Iterator[Increment]:
-        request_ids = {request[0].request_id for request in requests}
         places = {seq: (i, j) for i, request in enumerate(requests) for j, seq in enumerate(request)}
         num_given = dict.fromkeys(places, 0)  # tokens, of the sequences that have more to give
-        ended: list[Sequence] = []
         try:
-            self._start(requests, ended)
+            with self._turn:
+                self._add(requests)
+                num_steps = self.engine.num_steps
             while num_given:
-                if not all(seq.is_finished for seq in ended):
-                    raise RuntimeError("an error in another call has dropped this stream's requests")
-                changed = {chunk.seq for chunk in self.engine.step().sampled}.union(ended)
-                ended.clear()
-                for seq in sorted(changed & num_given.keys(), key=places.__getitem__):
-                    start, num_given[seq] = num_given[seq], seq.num_completion_tokens
-                    if seq.is_finished:
-                        del num_given[seq]
-                    if start < seq.num_completion_tokens or seq.is_finished:
-                        prompt_index, index = places[seq]
-                        text = seq.text.take() if seq.text is not None else ""
-                        yield Increment(**self._completion(seq, index, text, start), prompt_index=prompt_index)
+                with self._turn:
+                    others_ran = self.engine.num_steps != num_steps
+                    changed = self._changed(num_given if others_ran else ())
+                    num_steps = self.engine.num_steps
+                    increments = []
+                    for seq in sorted(changed & num_given.keys(), key=places.__getitem__):
+                        start, num_given[seq] = num_given[seq], seq.num_completion_tokens
+                        if seq.is_finished:
+                            del num_given[seq]
+                        if start < seq.num_completion_tokens or seq.is_finished:
+                            prompt_index, index = places[seq]
+                            text = seq.text.take() if seq.text is not None else ""
+                            completion = self._completion(seq, index, text, start)
+                            increments.append(Increment(**completion, prompt_index=prompt_index))
+                yield from increments
         finally:
-            self.engine.scheduler.abort(request_ids)
+            with self._turn:
+                self.engine.scheduler.abort(request[0].request_id for request in requests)
+
+    def _changed(self, missed: Iterable[Sequence]) -> set[Sequence]:
+        """Take a turn of the engine; the sequences that it has changed, and the `missed` ones, which others' turns may have."""
+        for seq in missed:
+            if not seq.is_finished and seq.request_id not in self.engine.scheduler.requests:
+                raise RuntimeError("an error in another call has dropped this stream's requests")
+        step = self.engine.step()
+        return {chunk.seq for chunk in step.sampled}.union(missed, self._take_ended())
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue one prompt for `step()`; returns its request id. Errors as in `generate`."""
         if isinstance(prompt, Integral):
             raise TypeError(f"prompt must be text, token ids or a dict, got {prompt!r}")
-        (request,) = requests = self._make_requests([prompt], sampling_params)
-        self._start(requests, self._ended)
-        return request[0].request_id
+        with self._turn:
+            (request,) = requests = self._make_requests([prompt], sampling_params)
+            request_id = request[0].request_id
+            self._added.add(request_id)
+            self._add(requests)
+            return request_id
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
         """One turn of the engine: ([(request id, completion token ids) that finished], number of tokens).
@@ -179,25 +203,33 @@ class LLM:
         prompt tokens. An exception drops every unfinished request, and the LLM can be used again; where one in another
         call has done so, RuntimeError says which requests are lost.
         """
-        if lost := self._take_lost():
-            raise RuntimeError(f"an error in another call has dropped the requests {lost}")
-        try:
-            step = self.engine.step()
-        except BaseException:
-            self._take_lost()
-            raise
-        outputs = [(seq.request_id, seq.completion_token_ids) for seq in self._ended]
-        self._ended.clear()
-        return outputs, step.num_prefill_tokens or -step.num_decode_tokens
+        with self._turn:
+            if lost := self._take_lost():
+                raise RuntimeError(f"an error in another call has dropped the requests {lost}")
+            try:
+                step = self.engine.step()
+            except BaseException:
+                self._take_lost()
+                raise
+            self._take_ended()
+            outputs = [(seq.request_id, seq.completion_token_ids) for seq in self._ended]
+            self._added -= {seq.request_id for seq in self._ended} - self.engine.scheduler.requests.keys()
+            self._ended.clear()
+            return outputs, step.num_prefill_tokens or -step.num_decode_tokens
 
     def is_finished(self) -> bool:
         """Whether `step()` has nothing more to give."""
-        return not (self.engine.scheduler.has_unfinished or self._ended)
+        with self._turn:
+            has_ended = self._ended or any(seq.request_id in self._added for seq in self.engine.ended)
+            return not (self.engine.scheduler.has_unfinished or has_ended)
 
     def abort(self, request_id: int) -> None:
         """Drop a request: `step()` will not return it. One that is finished or unknown is passed over."""
-        self.engine.scheduler.abort({request_id})
-        self._ended[:] = [seq for seq in self._ended if seq.request_id != request_id]
+        with self._turn:
+            self._added.discard(request_id)
+            self.engine.scheduler.abort([request_id])
+            for seq in [seq for seq in self._ended if seq.request_id == request_id]:
+                del self._ended[seq]
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends."""
@@ -205,7 +237,8 @@ class LLM:
 
     def reset_prefix_cache(self) -> None:
         """Forget what is cached, so that no later request shares it."""
-        self.engine.scheduler.block_manager.forget_all()
+        with self._turn:
+            self.engine.scheduler.block_manager.forget_all()
 
     @property
     def max_model_len(self) -> int:
@@ -229,7 +262,8 @@ class LLM:
 
     def close(self) -> None:
         """Free the weights and the KV pool. The LLM cannot be used afterwards."""
-        self.engine.close()
+        with self._turn:
+            self.engine.close()
 
     exit = close  # nano-vllm's name
 
@@ -282,16 +316,25 @@ class LLM:
             requests.append(samples)
         return requests
 
+    def _add(self, requests: Iterable[list[Sequence]]) -> None:
+        for seq in chain.from_iterable(requests):
+            self.engine.add(seq)
+
+    def _take_ended(self) -> list[Sequence]:
+        """The sequences that have ended since it was asked last. Those of `add_request` are kept for `step`, too."""
+        ended = list(self.engine.ended)
+        self._ended.update((seq, None) for seq in ended if seq.request_id in self._added)
+        self.engine.ended.clear()
+        return ended
+
     def _take_lost(self) -> list[int]:
         """Forget the added requests that an error has dropped; their ids."""
+        self._take_ended()
         lost = {seq.request_id for seq in self._ended if not seq.is_finished}
-        self._ended[:] = [seq for seq in self._ended if seq.is_finished]
+        for seq in [seq for seq in self._ended if not seq.is_finished]:
+            del self._ended[seq]
+        self._added -= lost
         return sorted(lost)
-
-    def _start(self, requests: Iterable[list[Sequence]], outbox: MutableSequence[Sequence]) -> None:
-        for seq in chain.from_iterable(requests):
-            seq.outbox = outbox
-            self.engine.add(seq)
 
     def _make_output(self, samples: list[Sequence]) -> RequestOutput:
         first = samples[0]

@@ -612,7 +612,7 @@ def test_a_processor_cannot_run_the_engine(llm):
 
 def test_a_request_keeps_no_more_logprobs_than_it_asks_for(llm):
     requests = llm._make_requests([[1], [2]], [greedy(5, logprobs=1), greedy(5, logprobs=-1)])
-    llm._start(requests, [])
+    llm._add(requests)
     while llm.engine.scheduler.has_unfinished:
         llm.engine.step()
     assert [[len(candidates) for candidates in seq.logprobs] for (seq,) in requests] == [[1] * 5, [128] * 5]

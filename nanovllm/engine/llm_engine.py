@@ -56,6 +56,9 @@ class LLMEngine:
         gc.collect()  # or it would happen in the middle of the first call, and take 0.3 s of it
         self.in_flight: SampledTokens | None = None
         self.is_stepping = False
+        self.num_steps = 0
+        # The sequences that have ended, in order: finished, or unfinished where an exception has dropped them.
+        self.ended: dict[Sequence, None] = {}
         self.scheduler = self._new_scheduler()
         atexit.register(self.close)
 
@@ -67,13 +70,14 @@ class LLMEngine:
     def step(self) -> Step:
         """One turn of the loop: plan and launch a step, commit the one before it; returns that one, or an empty one.
 
-        On any exception, Ctrl-C included, every unfinished sequence is dropped, to its outbox as it is, and the engine is as
-        new; what had finished is in its outbox.
+        Sequences that end go to `ended`. On any exception, Ctrl-C included, those that are unfinished go there as they are,
+        and the engine is empty.
         """
         runner = self._runner()
         if self.is_stepping:
             raise RuntimeError("a logits processor cannot run the engine that runs it")
         self.is_stepping = True
+        self.num_steps += 1
         try:
             with _on(runner.device):
                 step = self.scheduler.schedule()
@@ -137,7 +141,7 @@ class LLMEngine:
         budget = config.max_num_batched_tokens
         if config.torch_device.type == "cpu":
             budget = min(budget, CPU_STEP_TOKENS)
-        return Scheduler(manager, config.max_num_seqs, budget)
+        return Scheduler(manager, config.max_num_seqs, budget, self.ended)
 
     def _commit(self) -> Step:
         sampled, self.in_flight = self.in_flight, None
@@ -156,9 +160,7 @@ class LLMEngine:
             self._runner().synchronize()
             if self.workers is not None:
                 self.workers.check()
-            for seq in (*self.scheduler.running, *self.scheduler.waiting):
-                if not (seq.is_finished and seq in seq.outbox):  # a finished one was interrupted on its way there
-                    seq.outbox.append(seq)
+            self.ended.update(dict.fromkeys((*self.scheduler.running, *self.scheduler.waiting)))
             self.scheduler = self._new_scheduler()
         except BaseException as error:
             with closing(self):

@@ -62,7 +62,15 @@ class Step:
 class Scheduler:
     """Plans with `schedule()` and learns with `commit()`. Rows 1 … max_num_seqs are handed out; row 0 is trash."""
 
-    def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        ended: dict[Sequence, None] | None = None,
+    ):
+        """`ended` is where sequences are put when they are finished, for whoever waits for them to take out."""
+        self.ended = {} if ended is None else ended
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -99,7 +107,7 @@ class Scheduler:
         return step if step.decodes or step.chunks else None
 
     def commit(self, sampled: list[tuple[Sequence, int | None, LogprobRow | None]]) -> None:
-        """Take the tokens that a step drew, with their log-probabilities; what that finishes is put into its outbox.
+        """Take the tokens that a step drew, with their log-probabilities; what that finishes goes to `ended`.
 
         A sequence that was finished before (aborted) is passed over. One from whose logits no token can be drawn (None) is
         finished, and a warning names its request.
@@ -204,7 +212,7 @@ class Scheduler:
 
     def _put_away(self, seq: Sequence) -> None:
         """Hand a finished sequence out, and take back what it holds."""
-        seq.outbox.append(seq)
+        self.ended[seq] = None
         if seq.row:
             self._leave_row(seq)
         else:  # it waits, perhaps preempted while its last token was on its way

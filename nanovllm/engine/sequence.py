@@ -36,7 +36,6 @@ class Sequence:
     max_tokens: int  # params.max_tokens, or less where max_model_len comes first
     eos_token_ids: frozenset[int] = frozenset()
     prompt: str | None = None
-    outbox: MutableSequence["Sequence"] = field(default_factory=list)  # where it is put when it is finished, or dropped
     text: CompletionText | None = None  # unless nobody asks for text
     prompt_text: Detokenizer | None = None  # the texts of its tokens, for their log-probabilities
 
