@@ -1,5 +1,6 @@
 """LLM: what users hold. Prompts in, RequestOutputs out; text, progress and errors are handled here."""
 
+import os
 import random
 import sys
 import threading
@@ -35,6 +36,9 @@ Conversations = Seq[Mapping[str, Any]] | Seq[Seq[Mapping[str, Any]]]
 class LLM:
     """A model that completes batches of prompts.
 
+    One call runs at a time: another thread's waits for its turn. Between the increments of an open stream, and the `step`s of
+    `add_request`, any call may run; the requests of all go on meanwhile, and each caller gets its own.
+
     Args:
         model: a folder with safetensors, or the id of a Hub repository.
         options: the fields of `nanovllm.config.Config`, nano-vllm's and vLLM's names.
@@ -47,6 +51,8 @@ class LLM:
     def __init__(self, model: str | PathLike[str], **options: Any):
         self.config = Config.from_options(model, options)
         self._turn = threading.RLock()  # one call at a time
+        if hasattr(os, "register_at_fork"):  # another thread may be in a call when a process forks
+            os.register_at_fork(after_in_child=self._turn._at_fork_reinit)  # type: ignore[attr-defined]
         other = self.config.tokenizer
         tokenizer_folder = None if other is None else resolve_model(other, option="tokenizer")
         folder = resolve_model(model, self.config.revision)

@@ -311,18 +311,18 @@ def test_a_worker_that_fails_while_rank_0_sees_no_error(tiny_model, monkeypatch)
 
 
 def start_script(
-    folder: Path, device: str, *arguments: str, first_gpu: int = 0
+    folder: Path, device: str, *arguments: str, first_gpu: int = 0, script: str = SCRIPT, num_children: int = 1
 ) -> tuple[subprocess.Popen, list[psutil.Process]]:
-    """A script without a main guard, and its workers, once its LLM is there. It goes on when it is told to."""
-    command = [sys.executable, "-c", SCRIPT, str(folder), device, *arguments]
+    """A script without a main guard, and its children, once its LLM is there. It goes on when it is told to."""
+    command = [sys.executable, "-c", script, str(folder), device, *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3").split(",")[first_gpu : first_gpu + 2]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     process = subprocess.Popen(command, **pipes, env=environment, text=True, start_new_session=True)
     assert process.stdout.readline() == "ready\n"
-    workers = list(filter(is_ours, psutil.Process(process.pid).children()))
-    assert len(workers) == 1
-    return process, workers
+    children = list(filter(is_ours, psutil.Process(process.pid).children()))
+    assert len(children) == num_children
+    return process, children
 
 
 def tell(process: subprocess.Popen) -> None:
@@ -355,6 +355,50 @@ def test_rank_0_is_killed(device, tiny_model):
     process.kill()
     process.communicate()
     assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
+FORK = """
+import os, signal, sys, time
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    for call in generate, lambda n: llm.add_request([1]), lambda n: llm.step():
+        try:
+            call(5)
+        except RuntimeError as error:
+            assert "is the parent process's" in str(error), error
+        else:
+            os._exit(3)
+    if len(sys.argv) > 3:
+        time.sleep(50)
+    llm.close()
+    del llm
+    sys.exit(0)
+"""
+
+
+def test_a_forked_child_owns_nothing_of_the_ranks(tiny_model):
+    """Its calls are refused; its exit and its `del` leave the parent's workers alone, and do not hang."""
+    script = SCRIPT.replace("try:\n    print", FORK + "assert os.waitpid(pid, 0)[1] == 0\ntry:\n    print")
+    process, workers = start_script(tiny_model("qwen3"), "cpu", script=script)
+    tell(process)
+    output = json.loads(process.communicate(timeout=60)[0])
+    assert [len(token_ids) for token_ids in output] == [5, 5]
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
+def test_workers_go_with_rank_0_also_while_a_forked_child_lives(tiny_model):
+    script = SCRIPT.replace("try:\n    print", FORK + "try:\n    print")
+    process, children = start_script(tiny_model("qwen3"), "cpu", "endless", script=script, num_children=2)
+    tell(process)
+    workers = [child for child in children if "nanovllm.parallel.workers" in " ".join(child.cmdline())]
+    (forked,) = set(children) - set(workers)
+    try:
+        process.kill()
+        assert psutil.wait_procs(workers, timeout=20)[1] == []
+        assert forked.is_running()
+    finally:
+        forked.kill()
 
 
 @on_both

@@ -8,10 +8,14 @@ When N+1 is sampled, N is committed, so that every sampled sequence's history is
 """
 
 import atexit
+import ctypes
 import gc
+import os
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,11 +60,14 @@ class LLMEngine:
         gc.collect()  # or it would happen in the middle of the first call, and take 0.3 s of it
         self.in_flight: SampledTokens | None = None
         self.is_stepping = False
+        self.why_closed = "this LLM is closed"
         self.num_steps = 0
         # The sequences that have ended, in order: finished, or unfinished where an exception has dropped them.
         self.ended: dict[Sequence, None] = {}
         self.scheduler = self._new_scheduler()
         atexit.register(self.close)
+        if self.workers is not None:
+            os.register_at_fork(after_in_child=partial(_leave_to_parent, weakref.ref(self)))
 
     def add(self, seq: Sequence) -> None:
         self._runner()
@@ -130,9 +137,18 @@ class LLMEngine:
         del runner
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
+    def leave_to_parent(self) -> None:
+        """In a forked child, which owns nothing of several ranks: let go of the workers, and never run a destructor of what
+        the parent has, which would wait for threads that a child does not have."""
+        if self.workers is not None:
+            self.workers.disconnect()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object((self.runner, self.workers, self.in_flight)))
+        self.runner = self.workers = self.in_flight = None
+        self.why_closed = "this LLM is the parent process's, and not its forked child's"
+
     def _runner(self) -> ModelRunner:
         if self.runner is None:
-            raise RuntimeError("this LLM is closed")
+            raise RuntimeError(self.why_closed)
         return self.runner
 
     def _new_scheduler(self) -> Scheduler:
@@ -167,6 +183,12 @@ class LLMEngine:
                 if self.workers is not None:
                     self.workers.blame(error)
                 raise
+
+
+def _leave_to_parent(engine: "weakref.ref[LLMEngine]") -> None:
+    forked = engine()
+    if forked is not None:
+        forked.leave_to_parent()
 
 
 @contextmanager

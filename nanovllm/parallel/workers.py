@@ -112,6 +112,11 @@ class Workers:
                 process.wait()
         self.group.close()
 
+    def disconnect(self) -> None:
+        """In a forked child: close its copies of the connections, by whose end workers see that rank 0 is gone."""
+        for connection in self.connections:
+            connection.close()
+
     def _connect(self, store: dist.Store) -> None:
         """Join the other ranks, or raise if one fails first. Nothing ends the backends' own meeting if a rank never comes, so
         that it begins when all are there, and in a thread that can be left behind."""
