@@ -62,8 +62,8 @@ def test_nothing_synchronises_between_planning_and_sampling(options, tiny_model)
         *(replace(p, logits_processors=None) for p in PARAMS[1:]),  # what users write may wait
     ]
     llm.generate(PROMPTS, params, use_tqdm=False)  # lazy initialisation may wait
-    engine, finished = llm.engine, []
-    llm._start(llm._make_requests(PROMPTS, params), finished)
+    engine = llm.engine
+    llm._add(llm._make_requests(PROMPTS, params))
     while engine.scheduler.has_unfinished:
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -73,7 +73,7 @@ def test_nothing_synchronises_between_planning_and_sampling(options, tiny_model)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         engine.scheduler.commit(sampled.result())
-    assert len(finished) == len(PROMPTS)
+    assert len(engine.ended) == len(PROMPTS)
 
 
 def test_the_process_stays_within_its_share(tiny_model):
