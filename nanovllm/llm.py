@@ -72,7 +72,7 @@ class LLM:
 
     @no_full_collections()
     def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
-        """Complete the prompts; results in their order. One that a logits processor aborts is what it is by then.
+        """Complete the prompts; results in their order. A request aborted by its own logits processor is returned with the tokens it has so far.
 
         Args:
             prompts: one or a list of: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.

@@ -37,7 +37,7 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 or -1 keeps all.
         top_p: keep the smallest set of most likely tokens whose probability reaches this, in (0, 1].
         min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
-        seed: the same seed is the same luck whatever else is in the batch, and the same tokens where the logits are the
+        seed: the noise depends only on this, position and token id, whatever else is in the batch: the same tokens where the logits are the
             same, whose last bits may depend on the batch in bfloat16; None or -1 takes a fresh one.
         min_tokens: nothing stops a completion before it has so many tokens.
         stop_token_ids: a completion ends with the first of these that is drawn.

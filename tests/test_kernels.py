@@ -72,7 +72,7 @@ def make_case(config, device, block_size, context_lens, query_lens=None, has_nor
         block_size=block_size,
         query_lens=queries,
         cpu_context_lens=lens,
-        plan=[],
+        work_list=[],
     )
     return batch, qkv.to(device), norms, tuple(x.to(device) for x in rotary), caches.to(device)
 
@@ -80,8 +80,8 @@ def make_case(config, device, block_size, context_lens, query_lens=None, has_nor
 def forward(backend, dtype, batch, qkv, norms, rotary, caches):
     """Attention in `dtype`, the queries that it is of, and the caches that it leaves."""
     plan = backend.plan(batch.is_decode, batch.query_lens, batch.cpu_context_lens)
-    batch.plan = [torch.from_numpy(array).to(batch.rows.device) for array in plan]
-    batch.attention = backend.prepare(batch)
+    batch.work_list = [torch.from_numpy(array).to(batch.rows.device) for array in plan]
+    batch.attn_metadata = backend.prepare(batch)
     if norms is not None and dtype != torch.float32:
         norms = tuple(SimpleNamespace(weight=norm.weight.to(dtype), eps=norm.eps) for norm in norms)
     caches = caches.to(dtype, copy=True)
@@ -153,7 +153,7 @@ def test_a_layer_leaves_the_workspace_as_it_found_it(device):
     batch, qkv, norms, rotary, caches = make_case(config, device, 16, CONTEXTS)
     backend = TritonAttention(config, torch.device(device))
     first, q, caches = forward(backend, torch.float32, batch, qkv, norms, rotary, caches)
-    assert not batch.attention.arrivals.any()
+    assert not batch.attn_metadata.arrivals.any()
     again = backend.attend(q, *caches, batch)
     torch.testing.assert_close(again, first, atol=0, rtol=0)
 

@@ -1,5 +1,6 @@
 """The package as others get it: a wheel that installs elsewhere, and imports that need no GPU package."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -63,3 +64,15 @@ def test_importing_the_core_imports_no_extras_and_of_several_ranks_the_group_alo
     code = "import sys, nanovllm; print([m for m in sys.modules if m.startswith(('nanovllm.extras', 'nanovllm.parallel'))])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "['nanovllm.parallel', 'nanovllm.parallel.group']"
+
+
+def test_the_readmes_reading_order_has_the_cores_files_and_their_lines():
+    sys.path.insert(0, str(ROOT / "tools"))
+    from lines import lines_by_file
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.split("### Where to begin reading")[1].split("###")[0]
+    given = {file: int(num) for file, num in re.findall(r"`([\w/]+\.py)`\s(\d+)", section)}
+    lines = lines_by_file()
+    assert given == {file: lines[file] for file in given}
+    assert len(given) > 20

@@ -183,7 +183,7 @@ def test_what_was_read_of_a_prompt_before_a_preemption_is_not_read_again():
     seq = Sequence(0, list(range(10)), params, 0, 1, prompt_logprobs=[None, {1: 0.0}, {2: 0.0}, {3: 0.0}])
     scheduler = Scheduler(BlockManager(100, 4), max_num_seqs=1, max_num_batched_tokens=6)
     scheduler.add(seq)
-    reads = [chunk.read for step in (scheduler.schedule(), scheduler.schedule()) for chunk in step.chunks]
+    reads = [chunk.scored for step in (scheduler.schedule(), scheduler.schedule()) for chunk in step.chunks]
     assert reads == [range(4, 7), range(7, 10)]
 
 

@@ -52,9 +52,8 @@ def main() -> None:
 
 def profile(engine: Any, num_rows: int, context: int) -> None:
     """Print the time of a step and its kernels, the costliest first, in microseconds a step."""
-    runner, workers = engine.runner, engine.workers
-    step = decode_step(runner, num_rows, context)
-    run = lambda: runner.sample(runner.forward(step, workers and workers.in_step))  # noqa: E731
+    step = decode_step(engine.runner, num_rows, context)
+    run = lambda: engine.runner.sample(engine.forward(step))  # noqa: E731
     run()
     step.block_updates, step.admitted = [], []
     print(f"{num_rows} rows of {context} tokens: {milliseconds(run):.3f} ms a step")

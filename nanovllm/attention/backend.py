@@ -10,7 +10,7 @@ from nanovllm.layers.rotary import Rotary, apply_rotary
 
 
 class AttentionBackend:
-    """What the decoder asks of attention. A backend of one's own must write `attend` alone.
+    """What the decoder asks of attention. A custom backend needs only `attend`.
 
     T tokens, B sequences, H query heads, H_kv key-value heads, D the head size. In a batch either every sequence has
     one token (`batch.is_decode`) or each has a chunk of its prompt, after what the cache holds of it.
@@ -21,14 +21,14 @@ class AttentionBackend:
     capturable = False
 
     def plan(self, is_decode: bool, query_lens: INT, context_lens: INT) -> list[INT]:
-        """Arrays that the device needs for this step, made on the CPU; they arrive as `batch.plan`.
+        """Arrays that the device needs for this step, made on the CPU; they arrive as `batch.work_list`.
 
         For decode rows of a capturable backend their shapes depend on the number of rows alone.
         """
         return []
 
     def prepare(self, batch: Batch) -> Any:
-        """What the layers of this step share; they find it as `batch.attention`. Must not synchronise."""
+        """What the layers of this step share; they find it as `batch.attn_metadata`. Must not synchronise."""
 
     def store(
         self,

@@ -54,7 +54,7 @@ class FlashAttention(AttentionBackend):
         return SequenceTables(tables, int(batch.query_lens.max()), int(batch.cpu_context_lens.max()))
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
-        shared: SequenceTables = batch.attention
+        shared: SequenceTables = batch.attn_metadata
         if batch.is_decode:
             return flash_attn_with_kvcache(
                 q.unsqueeze(1),
@@ -64,7 +64,7 @@ class FlashAttention(AttentionBackend):
                 block_table=shared.block_tables,
                 causal=True,
             ).squeeze(1)
-        query_starts, key_starts = batch.plan
+        query_starts, key_starts = batch.work_list
         return flash_attn_varlen_func(
             q,
             k_cache,

@@ -51,13 +51,13 @@ class ReferenceAttention(AttentionBackend):
         q = q.unflatten(1, (num_kv_heads, group))  # [T, H_kv, G, D]
         out = torch.empty_like(q)
         if batch.is_decode:
-            for rows, slots, mask in batch.attention:
+            for rows, slots, mask in batch.attn_metadata:
                 shape = (len(mask), -1, num_kv_heads, head_dim)
                 k = k_cache.flatten(0, 1).index_select(0, slots).view(shape).transpose(1, 2)  # [R, H_kv, L, D]
                 v = v_cache.flatten(0, 1).index_select(0, slots).view(shape).transpose(1, 2)
                 out[rows] = F.scaled_dot_product_attention(q[rows], k, v, attn_mask=mask)
             return out.flatten(1, 2)
-        for start, end, context_len, blocks, mask in batch.attention:
+        for start, end, context_len, blocks, mask in batch.attn_metadata:
             shape = (num_kv_heads, group, context_len, head_dim)
             k = k_cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)  # [H_kv, L, D]
             v = v_cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)

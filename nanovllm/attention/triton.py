@@ -72,7 +72,7 @@ class TritonAttention(AttentionBackend):
         return split_chunks(query_lens, context_lens, self.prefill_tiles["M"] // self.group)
 
     def prepare(self, batch: Batch) -> Workspace:
-        num_parts = len(batch.plan[1]) if batch.is_decode else 0
+        num_parts = len(batch.work_list[1]) if batch.is_decode else 0
         new = partial(torch.empty, dtype=torch.float32, device=batch.rows.device)
         return Workspace(
             new(num_parts, self.num_kv_heads * self.group, self.shape["D"]),
@@ -82,10 +82,10 @@ class TritonAttention(AttentionBackend):
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        tables, (bounds, items) = batch.block_tables, batch.plan
+        tables, (bounds, items) = batch.block_tables, batch.work_list
         tiles = self.decode_tiles if batch.is_decode else self.prefill_tiles
         attention_kernel[(len(bounds) - 1, self.num_kv_heads)](
-            q, k_cache, v_cache, out, *batch.attention, batch.rows, tables, bounds, items,
+            q, k_cache, v_cache, out, *batch.attn_metadata, batch.rows, tables, bounds, items,
             self.scale, q.stride(0), tables.stride(0),
             BLOCK_SIZE=k_cache.shape[1], IS_DECODE=batch.is_decode, **self.shape, **tiles,
         )  # fmt: skip

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 INT = NDArray[np.int32]
 
+# The most that a step may say, in integers: of a row with its part of the work list, of a new entry of a block table, and of a
+# token of a chunk with its part of the work list, where each is scored by itself.
+INTS_PER_ROW, INTS_PER_BLOCK, INTS_PER_TOKEN = 40, 2, 16
+
 # Chunks are padded to a multiple of so many tokens where layers are compiled, which makes a variant for one token.
 TOKEN_MULTIPLE = 8
 TRASH = Sequence(0, [0] * TOKEN_MULTIPLE, SamplingParams(), seed=0, max_tokens=1)  # padding, in row 0 and block 0
@@ -31,7 +35,8 @@ TRASH_ROW = ScheduledChunk(TRASH, 0, 1, is_sampled=False)
 class Batch:
     """T tokens of B sequences: the last token of each (`is_decode`), or chunks of prompts. Tensors are on the device.
 
-    `plan` is what the attention backend's `plan` made of it on the CPU, `attention` what its `prepare` made of both.
+    `work_list` has the arrays of the attention backend's `plan`, on the device; `attn_metadata` is what its `prepare` returns, which
+    all layers share.
     """
 
     is_decode: bool
@@ -44,8 +49,8 @@ class Batch:
     block_size: int
     query_lens: INT  # [B] tokens of this step, on the CPU
     cpu_context_lens: INT  # [B] on the CPU
-    plan: list[Tensor]
-    attention: Any = None
+    work_list: list[Tensor]
+    attn_metadata: Any = None
 
 
 @dataclass(eq=False)
@@ -66,9 +71,9 @@ class PackedStep(NamedTuple):
     chunks: list[INT]  # the arrays of a batch of chunks; none without chunks
     # Rows and positions [S] of the tokens to be drawn; the last tokens [C] of the chunks after which one is drawn
     sampled: list[INT]
-    # Slices of prompts whose log-probabilities are read: [P, 3] of the first hidden state, their number, how many of the
-    # most likely tokens; and the tokens whose log-probabilities they are, one after the other
-    prompt_reads: list[INT]
+    # Slices of hidden states that score the prompt tokens which follow them, [P, 3]: the first row, their number, and how many
+    # of the most likely tokens are asked for; then the ids of the tokens that they score
+    scored: list[INT]
 
     def to_bytes(self) -> bytes:
         return marshal.dumps([[(array.shape, array.tobytes()) for array in arrays] for arrays in self])
@@ -100,9 +105,8 @@ class DeviceTables:
 
     def __init__(self, config: Config, max_len: int, block_size: int, device: torch.device):
         num_rows, blocks_per_row = config.max_num_seqs + 1, -(-max_len // block_size)
-        # A row has 16 numbers and its attention plan, a new block-table entry 2; a token 3, at most 9 of its plan, and 4 if
-        # its log-probability is read, one at a time at worst.
-        capacity = num_rows * (40 + 2 * blocks_per_row) + config.max_num_batched_tokens * 16 + 65536
+        capacity = num_rows * (INTS_PER_ROW + INTS_PER_BLOCK * blocks_per_row)
+        capacity += config.max_num_batched_tokens * INTS_PER_TOKEN + 65536
         zeros = partial(torch.zeros, dtype=torch.int32, device=device)
         self.block_size = block_size
         self.block_tables = zeros(num_rows, blocks_per_row)
@@ -139,7 +143,7 @@ class DeviceTables:
 
     def batch(self, is_decode: bool, arrays: list[INT], views: list[Tensor]) -> Batch:
         """The batch whose packed arrays arrived as `views`. What the tables know is looked up on the device."""
-        rows, context_lens, _, token_rows, positions, input_ids, *plan = views
+        rows, context_lens, _, token_rows, positions, input_ids, *work_list = views
         places = token_rows * self.block_tables.shape[1] + positions // self.block_size
         blocks = self.block_tables.view(-1).index_select(0, places)
         return Batch(
@@ -153,7 +157,7 @@ class DeviceTables:
             block_size=self.block_size,
             query_lens=arrays[2],
             cpu_context_lens=arrays[1],
-            plan=plan,
+            work_list=work_list,
         )
 
 

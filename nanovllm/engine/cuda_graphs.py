@@ -69,7 +69,7 @@ def _capture_stream(device_index: int) -> torch.cuda.Stream:
 
 
 def graph_bytes(start: StartDecode, sizes: list[int], device: torch.device) -> int:
-    """What graphs of `sizes` will take: one of the largest its memory, which all share, and each a little more."""
+    """What graphs of `sizes` will take: the pool of the largest, which all share, and a fixed cost for each."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     taken = []

@@ -22,7 +22,7 @@ import torch
 
 from nanovllm.config import Config, ModelConfig
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.model_runner import ModelRunner, SampledTokens
+from nanovllm.engine.model_runner import Launched, ModelRunner, SampledTokens
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models.loader import Tensors
@@ -51,7 +51,7 @@ class LLMEngine:
         try:
             with _on(config.device_of(0)), no_full_collections():
                 group = self.workers.begin(config) if self.workers else Group(config.torch_device)
-                with self.workers.in_step() if self.workers else nullcontext():
+                with self.workers.all_ranks() if self.workers else nullcontext():
                     self.runner = ModelRunner(config, self.model_config, tensors, group)
         except BaseException:
             self.close()
@@ -88,8 +88,7 @@ class LLMEngine:
         try:
             with _on(runner.device):
                 step = self.scheduler.schedule()
-                in_step = None if self.workers is None else self.workers.in_step
-                launched = runner.forward(step, in_step) if step else None
+                launched = self.forward(step) if step else None
                 committed = self._commit()
                 if launched is not None and self.scheduler.has_unfinished:
                     self.in_flight = runner.sample(launched)
@@ -105,6 +104,13 @@ class LLMEngine:
             raise
         finally:
             self.is_stepping = False
+
+    def forward(self, step: Step) -> Launched:
+        """Launch a step up to its logits on every rank; return at once."""
+        runner = self._runner()
+        packed = runner.pack(step)
+        with self.workers.all_ranks(packed.to_bytes()) if self.workers else nullcontext():
+            return runner.forward(step, packed)
 
     def stats(self) -> dict[str, Any]:
         manager = self.scheduler.block_manager

@@ -5,7 +5,7 @@ Nothing between planning a step and launching it synchronises; the only wait is 
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain, islice
@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 HEAD_ROWS = 256  # of a prompt go through the head at once
 
-InStep = Callable[[bytes], AbstractContextManager[None]]  # `Workers.in_step`
 Logprobs = tuple[Tensor, ...]  # see extras.logprobs.logprobs; empty if nobody asks
 
 
@@ -81,7 +80,7 @@ class SampledTokens:
             self.copied.synchronize()
         prompt_rows = chain.from_iterable(map(_rows, self.prompt_logprobs))
         for chunk in self.step.chunks:
-            chunk.seq.append_prompt_logprobs(islice(prompt_rows, len(chunk.read)))
+            chunk.seq.append_prompt_logprobs(islice(prompt_rows, len(chunk.scored)))
         rows = _rows(self.logprobs)
         results: list[tuple[Sequence, int | None, LogprobRow | None]] = []
         for chunk, token_id in zip(self.step.sampled, self.token_ids.tolist(), strict=True):
@@ -147,11 +146,9 @@ class ModelRunner:
         self.graphs = DecodeGraphs(self._start_trash_decode, sizes)
         self._warm_up()
 
-    def forward(self, step: Step, in_step: InStep | None = None) -> Launched:
-        """Launch a step up to its logits; return at once. `in_step`, if there are other ranks, sends it to them."""
-        packed = self._pack(step)
-        with in_step(packed.to_bytes()) if in_step else nullcontext():
-            return Launched(step, *self.run(packed))
+    def forward(self, step: Step, packed: PackedStep) -> Launched:
+        """Launch a step, packed, up to its logits; return at once."""
+        return Launched(step, *self.run(packed))
 
     @torch.inference_mode()
     def run(self, packed: PackedStep) -> tuple[Tensor, Tensor, Tensor, list[Logprobs]]:
@@ -160,7 +157,7 @@ class ModelRunner:
         Decode rows are a batch, and replayed; chunks are another.
         """
         # Decode rows are the first: they must arrive where the graphs read them.
-        decode_views, update_views, chunk_views, sampled_views, read_views = self.tables.upload(*packed)
+        decode_views, update_views, chunk_views, sampled_views, scored_views = self.tables.upload(*packed)
         rows, positions, last_tokens = sampled_views
         self.tables.update(*update_views)
         self.group.broadcast(self.tables.last_token)  # rank 0 has drawn them
@@ -171,7 +168,7 @@ class ModelRunner:
             hidden.append(decoded[: len(rows) - len(last_tokens)] if packed.chunks else decoded)
         if packed.chunks:
             computed = self._compute(False, packed.chunks, chunk_views)
-            prompt_logprobs = self._read_prompts(packed.prompt_reads[0].tolist(), read_views[1], computed)
+            prompt_logprobs = self._score_prompts(packed.scored[0].tolist(), scored_views[1], computed)
             hidden.append(computed[last_tokens])
         logits = self._logits(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
         return logits[: len(rows)], rows, positions, prompt_logprobs
@@ -180,7 +177,7 @@ class ModelRunner:
     def sample(self, launched: Launched) -> SampledTokens:
         """Launch the sampling of a step whose predecessor is committed, so that every sequence is known in full.
 
-        A sequence that the predecessor finished is sampled for nothing: its token is passed over.
+        A sequence that has finished is still sampled; commit ignores its token.
         """
         step, raw_logits, rows, positions, prompt_logprobs = launched
         sequences = [chunk.seq for chunk in step.sampled]
@@ -216,7 +213,7 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _pack(self, step: Step) -> PackedStep:
+    def pack(self, step: Step) -> PackedStep:
         """What all ranks must know of a step, its batches with padding."""
         chunks, num_padding = step.chunks, -step.num_prefill_tokens % TOKEN_MULTIPLE
         if num_padding and self.compiles:
@@ -224,13 +221,13 @@ class ModelRunner:
         ends = accumulate(chunk.num_tokens for chunk in chunks)
         placed = list(zip(ends, chunks, strict=True))  # chunks, and where they end in their batch
         last_tokens = [end - 1 for end, chunk in placed if chunk.is_sampled]
-        reads = []
+        slices = []
         for end, chunk in placed:
             num_top = self._num_top([chunk.seq.params.prompt_logprobs])
-            before_read = end - chunk.end - 1  # the hidden state of the token before says how likely token i is
-            for i in chunk.read[:: self.head_rows]:
-                reads.append((before_read + i, min(self.head_rows, chunk.read.stop - i), num_top))
-        read_tokens = [chunk.seq.token_ids[i] for chunk in chunks for i in chunk.read]
+            first_row = end - chunk.end - 1  # plus i: the hidden state of the token before token i
+            for i in chunk.scored[:: self.head_rows]:
+                slices.append((first_row + i, min(self.head_rows, chunk.scored.stop - i), num_top))
+        scored_ids = [chunk.seq.token_ids[i] for chunk in chunks for i in chunk.scored]
         num_padding = self.graphs.size_for(len(step.decodes)) - len(step.decodes)
         sampled = step.sampled
         entry_rows, indices, blocks = int32(step.block_updates).reshape(-1, 3).T
@@ -242,13 +239,13 @@ class ModelRunner:
             updates=[places, blocks, int32([seq.row for seq in step.admitted]), int32(sampling)],
             chunks=pack_batch(False, chunks, self.backend),
             sampled=[int32([c.seq.row for c in sampled]), int32([c.end for c in sampled]), int32(last_tokens)],
-            prompt_reads=[int32(reads).reshape(-1, 3), int32(read_tokens)],
+            scored=[int32(slices).reshape(-1, 3), int32(scored_ids)],
         )
 
     def _compute(self, is_decode: bool, arrays: list[INT], views: list[Tensor]) -> Tensor:
         """Hidden states [T, hidden] of a packed batch that arrived as `views`."""
         batch = self.tables.batch(is_decode, arrays, views)
-        batch.attention = self.backend.prepare(batch)
+        batch.attn_metadata = self.backend.prepare(batch)
         return self.model(batch, self.kv_cache)
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -256,13 +253,13 @@ class ModelRunner:
         num_padding = self.graphs.size_for(len(hidden)) - len(hidden)
         return self.model.logits(F.pad(hidden, (0, 0, 0, num_padding)) if num_padding else hidden)
 
-    def _read_prompts(self, reads: list[list[int]], token_ids: Tensor, hidden: Tensor) -> list[Logprobs]:
-        """For each read of a PackedStep what `logprobs` says of its tokens."""
+    def _score_prompts(self, slices: list[list[int]], token_ids: Tensor, hidden: Tensor) -> list[Logprobs]:
+        """For each slice of a PackedStep what `logprobs` says of the tokens that it scores."""
         found = []
-        for (row, num_tokens, num_top), read in zip(reads, token_ids.split([n for _, n, _ in reads]), strict=True):
+        for (row, num_tokens, num_top), ids in zip(slices, token_ids.split([n for _, n, _ in slices]), strict=True):
             logits = self._logits(hidden[row : row + num_tokens])[:num_tokens]
             if self.group.rank == 0:
-                found.append(_read_logprobs(logits, read, num_top))
+                found.append(_read_logprobs(logits, ids, num_top))
         return found
 
     def _logprobs(self, special: list[tuple[int, Sequence]], logits: Tensor, token_ids: Tensor) -> Logprobs:
@@ -357,7 +354,7 @@ class ModelRunner:
         truncated = SamplingParams(top_p=0.9)
         demands = SamplingParams(), truncated, replace(truncated, logprobs=0, presence_penalty=1.0)
         for step in Step(chunks=chunks), Step(decodes=rows):
-            launched = self.forward(step)
+            launched = self.forward(step, self.pack(step))
             for params in demands if self.group.rank == 0 else ():  # the others do not sample
                 row = ScheduledChunk(Sequence(0, [0], params, seed=0, max_tokens=1), 0, 1, is_sampled=True)
                 self.sample(launched._replace(step=Step(decodes=[row] * len(launched.rows))))

@@ -26,7 +26,7 @@ class ScheduledChunk:
     start: int
     num_tokens: int
     is_sampled: bool  # it reaches the sequence's end, so that a new token is drawn
-    read: range = range(0)  # the prompt's tokens whose log-probabilities it gives, each from the token before
+    scored: range = range(0)  # the prompt positions whose log-probability it gives: token i from hidden state i - 1
 
     @property
     def end(self) -> int:
@@ -194,8 +194,10 @@ class Scheduler:
         chunk = ScheduledChunk(seq, start, num_tokens, is_sampled)
         if start < seq.num_prefill_tokens:
             if seq.awaits_prompt_logprobs:
-                first = max(start + 1, len(seq.prompt_logprobs))  # what was read before a preemption is not read again
-                chunk.read = range(first, min(chunk.end + 1, seq.num_prompt_tokens))
+                first = max(
+                    start + 1, len(seq.prompt_logprobs)
+                )  # what was scored before a preemption is not scored again
+                chunk.scored = range(first, min(chunk.end + 1, seq.num_prompt_tokens))
             step.chunks.append(chunk)
             self.block_manager.register(seq)
         else:

@@ -71,7 +71,7 @@ class RowParallelLinear(Linear):
 
 
 def vocabulary_share(vocab_size: int, group: Group) -> Share:
-    """This rank's tokens, as many on every rank: the last ones may have tokens that no vocabulary has."""
+    """This rank's tokens, padded to an equal number on every rank: the rows at the end are unused."""
     size = -(-vocab_size // group.size)
     return Share(group.rank * size, size, vocab_size)
 

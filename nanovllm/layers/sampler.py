@@ -2,7 +2,7 @@
 
 A token is drawn by the Gumbel-max trick: the arg max of logits + temperature · Gumbel noise has the distribution of
 softmax(logits / temperature), and at temperature 0 it is the greedy token. The noise is a pure function of (seed,
-position, vocabulary id): a request has the same luck whatever batch it is in, and on any number of devices.
+position, vocabulary id): it is the same for a request in any batch, and on any number of devices.
 """
 
 from dataclasses import dataclass

@@ -61,7 +61,7 @@ class Workers:
         prefix = str(self.store.add("nanovllm", 1))
         self.group = Group(config.device_of(0), 0, config.tensor_parallel_size)
         store = dist.PrefixStore(prefix, self.store)
-        with self.in_step(pickle.dumps((config, prefix))):
+        with self.all_ranks(pickle.dumps((config, prefix))):
             self._connect(store)
         return self.group
 
@@ -78,9 +78,9 @@ class Workers:
             raise RuntimeError(self.failure) from error
 
     @contextmanager
-    def in_step(self, message: bytes = b"") -> Iterator[None]:
-        """Send a message, if there is one, and then launch what the others launch: all of it, or the ranks would wait for
-        each other. Ctrl-C waits until it is done; an error ends the model, and is a worker's if one has failed."""
+    def all_ranks(self, message: bytes = b"") -> Iterator[None]:
+        """Send a message, if there is one. Once a step is sent, every rank must launch all its collectives, or the others
+        deadlock: Ctrl-C waits until it is done, and an error ends the model, and is a worker's if one has failed."""
         with _interrupt_deferred():
             try:
                 for connection in self.connections if message else []:
@@ -118,8 +118,8 @@ class Workers:
             connection.close()
 
     def _connect(self, store: dist.Store) -> None:
-        """Join the other ranks, or raise if one fails first. Nothing ends the backends' own meeting if a rank never comes, so
-        that it begins when all are there, and in a thread that can be left behind."""
+        """Join the other ranks, or raise if one fails first. NCCL's and gloo's rendezvous
+        cannot be cancelled, so it begins when all are there, in a daemon thread that can be abandoned."""
         while not store.check([f"rank {rank}" for rank in range(1, self.group.size)]):
             self.check()
             time.sleep(0.01)
