@@ -1,5 +1,7 @@
 """What a request may ask of generate(), chat() and stream(): completions, texts, log-probabilities, in float32."""
 
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -568,9 +570,12 @@ def test_one_bad_request_is_refused_before_any_work(params, message, llm):
     assert_nothing_leaks(llm)
 
 
-def test_end_tokens_outside_the_vocabulary_are_passed_over(tiny_model):
-    """Shrunken checkpoints have them; a ban of one must not reach the next row."""
-    llm = make_llm(tiny_model(eos_token_id=128))
+@pytest.mark.parametrize("eos_token_id", [128, -1])
+def test_end_tokens_outside_the_vocabulary_are_passed_over(eos_token_id, tiny_model, tmp_path):
+    """Shrunken checkpoints have them, or -1 for none; a ban of one must not reach another row."""
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_token_id}))
+    llm = make_llm(folder)
     alone = llm.generate([[2]], greedy(3, logit_bias={0: 100.0}), use_tqdm=False)[0]["token_ids"]
     params = [greedy(3, min_tokens=3), greedy(3, logit_bias={0: 100.0}), greedy(3)]
     assert llm.generate([[1], [2], [3]], params, use_tqdm=False)[1]["token_ids"] == alone == [0] * 3
