@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
     torch.set_num_threads(1)  # tiny models spend their time on handing out work
 
+from nanovllm import LLM
+
 DEMO_MODEL = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct"
 CONFIGS = {"qwen3": transformers.Qwen3Config, "qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}
 SIZES = {
@@ -75,6 +77,11 @@ def demo_model() -> Path:
     if not (DEMO_MODEL / "config.json").is_file():
         pytest.skip("the demo model is not there; `make test` fetches it")
     return DEMO_MODEL
+
+
+@pytest.fixture(scope="module")
+def demo(demo_model: Path) -> LLM:
+    return LLM(demo_model, dtype="float32", max_model_len=256, max_num_seqs=16, device="cpu", use_tqdm=False)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,8 +3,7 @@
 import threading
 
 import pytest
-from test_llm import fail_at, greedy
-from test_modes import PROMPTS, assert_nothing_leaks, make_llm
+from helpers import PROMPTS, assert_nothing_leaks, fail_at, greedy, make_llm
 
 from nanovllm import SamplingParams
 from nanovllm.engine.model_runner import ModelRunner

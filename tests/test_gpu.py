@@ -10,9 +10,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers import PARAMS, PROMPTS, assert_nothing_leaks, greedy, make_llm, run
 from safetensors.torch import load_file, save_file
-from test_llm import greedy
-from test_modes import PARAMS, PROMPTS, assert_nothing_leaks, make_llm, run
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import ModelRunner

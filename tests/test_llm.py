@@ -11,8 +11,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from helpers import assert_nothing_leaks, fail_at, greedy, make_llm
 from safetensors.torch import load_file, save_file
-from test_modes import assert_nothing_leaks, make_llm
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import model_runner
@@ -27,10 +27,6 @@ PROMPTS = [[5, 6, 7], [9] * 20, [1], [3, 4] * 10]
 @pytest.fixture
 def llm(tiny_model):
     return make_llm(tiny_model())
-
-
-def greedy(n, **more):
-    return SamplingParams(temperature=0, max_tokens=n, **more)
 
 
 def test_nano_vllm_scripts_run_unchanged(demo_model):
@@ -300,19 +296,6 @@ def test_an_aborted_request_frees_what_it_holds_and_is_not_returned(turns, llm):
     assert_nothing_leaks(llm)
     alone = llm.generate([PROMPTS[0]], greedy(20), use_tqdm=False)[0]
     assert results[ids[0]] == alone["token_ids"]
-
-
-def fail_at(monkeypatch, owner, name, call, error):
-    """Let the `call`-th call of owner.name raise; what a kernel, an allocation or Ctrl-C would do."""
-    original, calls = getattr(owner, name), []
-
-    def failing(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == call:
-            raise error
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, failing)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a kernel failed"), MemoryError(), KeyboardInterrupt()], ids=repr)

@@ -1,10 +1,11 @@
 """In float32 every way to schedule the same requests gives the same tokens, greedy and sampled, and leaks nothing."""
 
 import pytest
+from helpers import EXTRAS, PARAMS, PROMPTS, SHARED, assert_nothing_leaks, make_llm, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import SamplingParams
 from nanovllm.engine import llm_engine
 from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
 from nanovllm.engine.model_runner import ModelRunner
@@ -36,62 +37,6 @@ MODES = {
         "max_num_batched_tokens": 13,
     },
 }
-SHARED = [(5 * i + 3) % 128 for i in range(40)]
-PROMPTS = [SHARED[:n] + [(11 * i + n) % 128 for i in range(m)] for n in (0, 7, 16, 40) for m in (1, 5, 22)] * 2
-
-
-def discourage_repeats(token_ids, logits):
-    """A logits processor that looks at the history."""
-    logits[token_ids[-3:]] -= 4.0
-    return logits
-
-
-EXTRAS = [
-    {},
-    {"repetition_penalty": 1.3},
-    {"presence_penalty": 1.0, "frequency_penalty": 0.5},
-    {"logit_bias": {3: 2.0, 7: -5.0}, "min_p": 0.02},
-    {"allowed_token_ids": range(0, 128, 3)},
-    {"logits_processors": [discourage_repeats]},
-    {"min_tokens": 4, "stop_token_ids": range(0, 128, 5)},
-    {"logprobs": 2, "repetition_penalty": 0.9},
-    {"prompt_logprobs": 1},
-]
-PARAMS = [
-    SamplingParams(
-        temperature=0.0 if i % 2 else 0.8,
-        max_tokens=5 + 7 * (i % 6),
-        seed=i,
-        top_k=20 * (i % 3),
-        top_p=0.9,
-        **EXTRAS[i % len(EXTRAS)],
-    )
-    for i in range(len(PROMPTS))
-]
-
-
-def make_llm(folder, **options):
-    """An LLM with small defaults; on the CPU unless the options say otherwise."""
-    return LLM(
-        folder, **({"max_model_len": 128, "device": "cpu", "use_tqdm": False, "num_kvcache_blocks": 400} | options)
-    )
-
-
-def run(llm, prompts=PROMPTS, params=PARAMS):
-    outputs = [(o["token_ids"], o["finish_reason"]) for o in llm.generate(prompts, params, use_tqdm=False)]
-    assert_nothing_leaks(llm)
-    return outputs
-
-
-def assert_nothing_leaks(llm):
-    scheduler = llm.engine.scheduler
-    manager = scheduler.block_manager
-    assert len(manager.free) == manager.num_blocks - 1
-    assert not any(manager.ref_counts)
-    assert sorted(scheduler.free_rows) == list(range(1, scheduler.max_num_seqs + 1))
-    assert not scheduler.waiting
-    assert not scheduler.running
-    assert llm.is_finished()
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from helpers import greedy
 from hypothesis import given
 from hypothesis import strategies as st
-from test_llm import greedy
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.text import CompletionText, Detokenizer, Text

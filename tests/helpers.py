@@ -1,0 +1,88 @@
+"""What several test modules need: small LLMs, requests of every kind, faults, and what must hold after a call."""
+
+from nanovllm import LLM, SamplingParams
+
+STORY = "Once upon a time"
+
+SHARED = [(5 * i + 3) % 128 for i in range(40)]
+
+
+PROMPTS = [SHARED[:n] + [(11 * i + n) % 128 for i in range(m)] for n in (0, 7, 16, 40) for m in (1, 5, 22)] * 2
+
+
+def discourage_repeats(token_ids, logits):
+    """A logits processor that looks at the history."""
+    logits[token_ids[-3:]] -= 4.0
+    return logits
+
+
+EXTRAS = [
+    {},
+    {"repetition_penalty": 1.3},
+    {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+    {"logit_bias": {3: 2.0, 7: -5.0}, "min_p": 0.02},
+    {"allowed_token_ids": range(0, 128, 3)},
+    {"logits_processors": [discourage_repeats]},
+    {"min_tokens": 4, "stop_token_ids": range(0, 128, 5)},
+    {"logprobs": 2, "repetition_penalty": 0.9},
+    {"prompt_logprobs": 1},
+]
+
+
+PARAMS = [
+    SamplingParams(
+        temperature=0.0 if i % 2 else 0.8,
+        max_tokens=5 + 7 * (i % 6),
+        seed=i,
+        top_k=20 * (i % 3),
+        top_p=0.9,
+        **EXTRAS[i % len(EXTRAS)],
+    )
+    for i in range(len(PROMPTS))
+]
+
+
+def make_llm(folder, **options):
+    """An LLM with small defaults; on the CPU unless the options say otherwise."""
+    return LLM(
+        folder, **({"max_model_len": 128, "device": "cpu", "use_tqdm": False, "num_kvcache_blocks": 400} | options)
+    )
+
+
+def run(llm, prompts=PROMPTS, params=PARAMS):
+    outputs = [(o["token_ids"], o["finish_reason"]) for o in llm.generate(prompts, params, use_tqdm=False)]
+    assert_nothing_leaks(llm)
+    return outputs
+
+
+def assert_nothing_leaks(llm):
+    scheduler = llm.engine.scheduler
+    manager = scheduler.block_manager
+    assert len(manager.free) == manager.num_blocks - 1
+    assert not any(manager.ref_counts)
+    assert sorted(scheduler.free_rows) == list(range(1, scheduler.max_num_seqs + 1))
+    assert not scheduler.waiting
+    assert not scheduler.running
+    assert llm.is_finished()
+
+
+def greedy(n, **more):
+    return SamplingParams(temperature=0, max_tokens=n, **more)
+
+
+def fail_at(monkeypatch, owner, name, call, error):
+    """Let the `call`-th call of owner.name raise; what a kernel, an allocation or Ctrl-C would do."""
+    original, calls = getattr(owner, name), []
+
+    def failing(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+def completions(llm, prompts, params):
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [[sample.token_ids for sample in output.outputs] for output in outputs]
