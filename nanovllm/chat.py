@@ -57,16 +57,21 @@ def render(tokenizer: PreTrainedTokenizerBase, name: str, conversation: Seq[Mess
             for m in conversation
         ]
     try:
-        try:
-            text = apply(conversation)
-        except Exception:  # a template may add content that is None to a text
-            if not any(map(_has_none, conversation)):
-                raise
-            text = apply([{**m, "content": ""} if _has_none(m) else m for m in conversation])
+        text = _apply(apply, conversation)
         text.encode()  # half a surrogate pair is no text
         return text
     except Exception as error:  # a template is a program, and raises what it likes
         raise ValueError(f"{name} is refused by the chat template: {error}") from error
+
+
+def _apply(apply: Callable[[Any], str], conversation: Seq[Message]) -> str:
+    """The template's text; where it cannot take content that is None, as some add it to a text, content is empty."""
+    try:
+        return apply(conversation)
+    except Exception:
+        if not any(map(_has_none, conversation)):
+            raise
+        return apply([{**m, "content": ""} if _has_none(m) else m for m in conversation])
 
 
 def _check_content(name: str, content: Any) -> Any:

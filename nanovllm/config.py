@@ -213,9 +213,8 @@ class ModelConfig:
     mlp_bias: bool
     dtype: torch.dtype
     eos_token_ids: Annotated[frozenset[int], check_type, frozenset]
-    default_sampling_params: SamplingParams = field(
-        default_factory=SamplingParams
-    )  # what generation_config.json recommends
+    # What generation_config.json recommends.
+    default_sampling_params: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -72,7 +72,9 @@ class LLM:
 
     @no_full_collections()
     def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
-        """Complete the prompts; results in their order. A request aborted by its own logits processor is returned with the tokens it has so far.
+        """Complete the prompts; results in their order.
+
+        A request aborted by its own logits processor is returned with the tokens it has so far.
 
         Args:
             prompts: one or a list of: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
@@ -317,7 +319,8 @@ class LLM:
                 )
                 if text_of is not None:
                     seq.text = CompletionText(text_of, token_ids, params)
-                    seq.prompt_text = Detokenizer(text_of, token_ids[:1])
+                    if seq.params.prompt_logprobs is not None:
+                        seq.prompt_text = Detokenizer(text_of, token_ids[:1])
                 samples.append(seq)
             requests.append(samples)
         return requests

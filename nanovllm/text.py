@@ -29,9 +29,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except (
-        BaseException
-    ) as error:  # transformers and tokenizers raise what they like; a panic of the latter is no Exception
+    except BaseException as error:  # both packages raise what they like: a panic of tokenizers is no Exception
         for file in files:
             if file.suffix == ".json":
                 read_json(file)

@@ -35,8 +35,8 @@ TRASH_ROW = ScheduledChunk(TRASH, 0, 1, is_sampled=False)
 class Batch:
     """T tokens of B sequences: the last token of each (`is_decode`), or chunks of prompts. Tensors are on the device.
 
-    `work_list` has the arrays of the attention backend's `plan`, on the device; `attn_metadata` is what its `prepare` returns, which
-    all layers share.
+    `work_list` has the arrays of the attention backend's `plan`, on the device; `attn_metadata` is what its `prepare`
+    returns, and all layers share it.
     """
 
     is_decode: bool
