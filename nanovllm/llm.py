@@ -21,9 +21,8 @@ from nanovllm.chat import check_template_options, render
 from nanovllm.checks import check_list, check_type
 from nanovllm.config import Config, check_token_ids
 from nanovllm.engine.llm_engine import LLMEngine, no_full_collections
-from nanovllm.engine.model_runner import read_model
 from nanovllm.engine.sequence import Sequence
-from nanovllm.models.loader import resolve_model
+from nanovllm.models.loader import read_model, resolve_model
 from nanovllm.outputs import CompletionOutput, Increment, RequestMetrics, RequestOutput
 from nanovllm.progress import progress_bar
 from nanovllm.prompts import Params, Prompt, Prompts, check_params, check_request, parse_requests

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Q
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import AttentionBackend
 from nanovllm.config import Config, ModelConfig, RopeConfig
-from nanovllm.engine.memory import GIB, available_host_memory, cuda_pool_bytes
+from nanovllm.engine.memory import GIB, available_host_memory, pool_bytes
 from nanovllm.models.decoder import Decoder
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -559,7 +559,7 @@ def test_a_model_config_is_frozen_and_can_be_changed_by_a_copy() -> None:
 def pool_gib(total: float, free: float, utilization: float, held: float, peak: float) -> float:
     sizes = (int(size * GIB) for size in (total, free, held, peak))
     total_bytes, free_bytes, held_bytes, peak_bytes = sizes
-    return cuda_pool_bytes(total_bytes, free_bytes, utilization, held_bytes, peak_bytes) / GIB
+    return pool_bytes(total_bytes, free_bytes, utilization, held_bytes, peak_bytes) / GIB
 
 
 @pytest.mark.parametrize(
@@ -599,9 +599,9 @@ def test_more_than_is_free_is_refused_with_the_figures() -> None:
 
 
 def test_one_byte_more_than_is_free_is_refused() -> None:
-    assert cuda_pool_bytes(total=1000, free=800, utilization=1.0, held=200, peak=100) == 700
+    assert pool_bytes(total=1000, free=800, utilization=1.0, held=200, peak=100) == 700
     with pytest.raises(ValueError, match="are free"):
-        cuda_pool_bytes(total=1000, free=799, utilization=1.0, held=200, peak=100)
+        pool_bytes(total=1000, free=799, utilization=1.0, held=200, peak=100)
 
 
 @pytest.mark.parametrize("held", [8, 9])

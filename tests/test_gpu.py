@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.startup import run_largest_steps
 
 pytestmark = pytest.mark.gpu
 GIB = 2**30
@@ -71,7 +72,7 @@ def test_nothing_synchronises_between_planning_and_sampling(options, tiny_model)
             sampled = engine.runner.sample(launched) if step else None
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        engine.scheduler.commit(sampled.result())
+        engine.scheduler.commit(step, *sampled.wait())
     assert len(engine.ended) == len(PROMPTS)
 
 
@@ -241,7 +242,7 @@ def test_what_the_largest_step_takes_is_left_free(tiny_model):
     sizes = {"max_num_batched_tokens": 16384, "max_num_seqs": 256, "max_model_len": 128}
     llm = gpu_llm(tiny_model(intermediate_size=8192, hidden_size=1024), **sizes)
     before = torch.cuda.mem_get_info()[0]
-    llm.engine.runner._run_largest_steps()
+    run_largest_steps(llm.engine.runner, llm.config)
     total = torch.cuda.get_device_properties(0).total_memory
     assert before - torch.cuda.mem_get_info()[0] > 2**29, "the step takes so much that the test can fail"
     assert torch.cuda.memory_reserved() < 0.101 * total

@@ -15,9 +15,9 @@ from helpers import assert_nothing_leaks, fail_at, greedy, make_llm
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import model_runner
+from nanovllm.engine import startup
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.model_runner import ModelRunner, SampledTokens
+from nanovllm.engine.model_runner import ModelRunner, StepInFlight
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 
@@ -299,9 +299,7 @@ def test_an_aborted_request_frees_what_it_holds_and_is_not_returned(turns, llm):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a kernel failed"), MemoryError(), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize(
-    ("owner", "name"), [(ModelRunner, "forward"), (ModelRunner, "sample"), (SampledTokens, "result")]
-)
+@pytest.mark.parametrize(("owner", "name"), [(ModelRunner, "forward"), (ModelRunner, "sample"), (StepInFlight, "wait")])
 @pytest.mark.parametrize("call", [1, 2, 6])
 def test_an_exception_keeps_what_is_finished_and_the_llm_usable(call, owner, name, error, llm, monkeypatch):
     params = [greedy(30), greedy(3), greedy(30), greedy(2)]
@@ -583,7 +581,7 @@ def test_the_cpu_pool_takes_what_is_needed_or_a_quarter_of_the_memory(tiny_model
     llm = make_llm(tiny_model(), num_kvcache_blocks=-1, max_num_seqs=10)
     assert llm.engine.runner.num_blocks == 10 * 128 // 16 + 1
     block_bytes = 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, head size, float32
-    monkeypatch.setattr(model_runner, "available_host_memory", lambda: 4 * 50 * block_bytes)
+    monkeypatch.setattr(startup, "available_host_memory", lambda: 4 * 50 * block_bytes)
     assert make_llm(tiny_model(), num_kvcache_blocks=-1, max_num_seqs=10).engine.runner.num_blocks == 50
 
 

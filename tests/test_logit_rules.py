@@ -7,7 +7,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from nanovllm import SamplingParams
 from nanovllm.engine.sequence import Sequence
-from nanovllm.extras.logit_rules import adjust
+from nanovllm.extras.logit_rules import apply_rules
 
 VOCAB_SIZE = 50
 PROMPT, COMPLETION = [3, 4, 4, 9], [9, 9, 1]
@@ -26,8 +26,8 @@ def send(values):
 
 def adjusted(logits, *sequences):
     before = logits.clone()
-    asking = [(i, seq) for i, seq in enumerate(sequences) if seq.adjusts_logits]
-    after = adjust(logits, asking, send)
+    asking = [(i, seq) for i, seq in enumerate(sequences) if seq.has_logit_rules]
+    after = apply_rules(logits, asking, send)
     assert torch.equal(logits, before), "the raw logits are still needed"
     assert after.dtype == torch.float32
     return after

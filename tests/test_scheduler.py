@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 
 
@@ -55,10 +55,10 @@ class FakeDevice:
         drawn = []
         for chunk, context in zip(step.sampled, contexts):
             seq = chunk.seq
+            drawn.append(next_token(context))
             if not seq.is_finished:
                 assert context == seq.token_ids, "the history is known, and the KV is this sequence's"
-                self.last_token[seq.row] = next_token(context)
-                drawn.append((seq, self.last_token[seq.row], None))
+                self.last_token[seq.row] = drawn[-1]
         return drawn
 
 
@@ -80,22 +80,22 @@ def run(sequences, scheduler, overlapped, aborts=()):
     device = FakeDevice(scheduler.block_manager.block_size)
     for seq in sequences:
         scheduler.add(seq)
-    in_flight, num_steps, budget = [], 0, scheduler.max_num_batched_tokens
+    in_flight, num_steps, budget = (Step(), []), 0, scheduler.max_num_batched_tokens
     while scheduler.has_unfinished:
         scheduler.abort({request_id for turn, request_id in aborts if turn == num_steps})
         if not scheduler.has_unfinished:
             break
         step = scheduler.schedule()
-        assert step or in_flight, "stuck"
+        assert step or in_flight[1], "stuck"
         if step:
             assert step.num_decode_tokens + step.num_prefill_tokens <= budget
         contexts = device.forward(step) if step else []
         check_invariants(scheduler)
-        scheduler.commit(in_flight)
-        in_flight = device.sample(step, contexts) if step else []
+        scheduler.commit(*in_flight)
+        in_flight = (step, device.sample(step, contexts)) if step else (Step(), [])
         if not overlapped:
-            scheduler.commit(in_flight)
-            in_flight = []
+            scheduler.commit(*in_flight)
+            in_flight = (Step(), [])
         check_invariants(scheduler)
         num_steps += 1
     assert len(scheduler.block_manager.free) == scheduler.block_manager.num_blocks - 1
@@ -172,7 +172,7 @@ def test_admission_comes_in_bunches():
         scheduler.add(seq)
     while scheduler.has_unfinished:
         step = scheduler.schedule()
-        scheduler.commit(device.sample(step, device.forward(step)))
+        scheduler.commit(step, device.sample(step, device.forward(step)))
         num_steps += 1
         num_mixed += step.num_decode_tokens > 0 and step.num_prefill_tokens > 0
     assert num_mixed < num_steps / 4

@@ -1,7 +1,6 @@
-"""Batch and KVCache, which the model is handed, and the way of a step to them: its numbers packed into arrays, sent to the
-devices in one copy, and unpacked."""
+"""Batch and KVCache, which the model is handed, and the way of a step to them: its numbers are packed into arrays on the CPU,
+sent to the devices in one copy, and looked up in tables there."""
 
-import marshal
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,42 +61,56 @@ class KVCache:
     v: Tensor
 
 
+class PackedBatch(NamedTuple):
+    """What a rank must know of a batch, padding included. Int32 arrays, which `DeviceTables.upload` replaces by tensors."""
+
+    is_decode: bool
+    rows: Any  # [B]
+    context_lens: Any  # [B]
+    query_lens: Any  # [B]
+    token_rows: Any  # [T], the row of each token
+    positions: Any  # [T]
+    input_ids: Any  # [T]; none of decode rows, which the device has
+    work_list: list[Any]
+    last_tokens: Any  # places of the tokens whose logits are needed: [C], or a slice of decode rows
+
+
 class PackedStep(NamedTuple):
-    """All that a rank must know to compute a step, the decode rows first."""
+    """What a rank must know of a step. Int32 arrays, which `DeviceTables.upload` replaces by tensors."""
 
-    decodes: list[INT]  # the arrays of a batch of decode rows, with padding; none without rows
-    # What the tables have to learn: places and blocks [E]; rows [R] and their sampling parameters [R, 6]
-    updates: list[INT]
-    chunks: list[INT]  # the arrays of a batch of chunks; none without chunks
-    # Rows and positions [S] of the tokens to be drawn; the last tokens [C] of the chunks after which one is drawn
-    sampled: list[INT]
-    # Slices of hidden states that score the prompt tokens which follow them, [P, 3]: the first row, their number, and how many
-    # of the most likely tokens are asked for; then the ids of the tokens that they score
-    scored: list[INT]
-
-    def to_bytes(self) -> bytes:
-        return marshal.dumps([[(array.shape, array.tobytes()) for array in arrays] for arrays in self])
-
-    @classmethod
-    def from_bytes(cls, message: bytes) -> "PackedStep":
-        groups = marshal.loads(message)
-        return cls(*([np.frombuffer(data, np.int32).reshape(shape) for shape, data in g] for g in groups))
+    batches: list[PackedBatch]  # decode rows, then chunks, if there are any
+    table_places: Any  # [E], new entries of the block tables
+    table_blocks: Any  # [E]
+    new_rows: Any  # [R], rows of the sequences that are new to the device
+    new_sampling: Any  # [R, 6], their sampling parameters: see `pack_sampling`
+    sampled_rows: Any  # [S], of the tokens to be drawn
+    sampled_positions: Any  # [S]
+    # Slices of the chunks' hidden states that score the prompt tokens which follow them: the first one, their number, and
+    # how many of the most likely tokens are asked for.
+    scored_slices: list[tuple[int, int, int]]
+    scored_ids: Any  # ids of the tokens that they score
 
 
-def pack_batch(is_decode: bool, chunks: list[ScheduledChunk], backend: "AttentionBackend") -> list[INT]:
-    """The arrays of a batch: rows, context_lens and query_lens [B]; the row, the position and the id of each token [T],
-    but no ids of decode rows, which the device has; and the attention plan. Nothing of no chunks."""
-    if not chunks:
-        return []
+def pack_batch(chunks: list[ScheduledChunk], backend: "AttentionBackend", is_decode: bool) -> PackedBatch:
+    """Pack the rows of a batch, or its chunks; with the attention backend's plan for them."""
     rows = int32([chunk.seq.row for chunk in chunks])
-    lens = int32([chunk.num_tokens for chunk in chunks])
-    ends = int32([chunk.start for chunk in chunks]) + lens
-    token_rows = np.repeat(rows, lens)
-    positions = np.arange(len(token_rows)) + np.repeat(ends - lens.cumsum(), lens)
+    query_lens = int32([chunk.num_tokens for chunk in chunks])
+    context_lens = int32([chunk.start for chunk in chunks]) + query_lens
+    token_rows, ends = np.repeat(rows, query_lens), query_lens.cumsum()
     input_ids: list[int] = []
     for chunk in chunks if not is_decode else ():
         input_ids += chunk.seq.token_ids[chunk.start : chunk.end]
-    return [rows, ends, lens, token_rows, int32(positions), int32(input_ids), *backend.plan(is_decode, lens, ends)]
+    return PackedBatch(
+        is_decode=is_decode,
+        rows=rows,
+        context_lens=context_lens,
+        query_lens=query_lens,
+        token_rows=token_rows,
+        positions=int32(np.arange(len(token_rows)) + np.repeat(context_lens - ends, query_lens)),
+        input_ids=int32(input_ids),
+        work_list=backend.plan(is_decode, query_lens, context_lens),
+        last_tokens=int32(ends[[chunk.is_sampled for chunk in chunks]] - 1),
+    )
 
 
 class DeviceTables:
@@ -109,55 +122,61 @@ class DeviceTables:
         capacity += config.max_num_batched_tokens * INTS_PER_TOKEN + 65536
         zeros = partial(torch.zeros, dtype=torch.int32, device=device)
         self.block_size = block_size
+        self.blocks_per_row = blocks_per_row
         self.block_tables = zeros(num_rows, blocks_per_row)
         self.last_token = zeros(num_rows)  # the last token sampled for the row
         self.sampling = zeros(num_rows, 6)  # see `pack_sampling`
         self.arrived = zeros(capacity)
 
-    def upload(self, *groups: list[INT]) -> list[list[Tensor]]:
-        """Send groups of int32 arrays of any shapes in one copy, which nobody waits for; returns where each array will be.
+    def upload(self, packed: Any) -> Any:
+        """Send the arrays of a PackedStep or PackedBatch in one copy, which nobody waits for; returns the same with tensors,
+        where each array will be.
 
         Arrays of the same sizes arrive at the same addresses, which is what a CUDA graph reads.
         """
         # PyTorch gives pinned memory out again when what was sent from it is there.
         host = torch.empty(len(self.arrived), dtype=torch.int32, device="cpu", pin_memory=self.arrived.is_cuda)
         buffer = host.numpy()
-        views: list[list[Tensor]] = []
         end = 0
-        for arrays in groups:
-            views.append([])
-            for array in arrays:
+
+        def place(value: Any) -> Any:
+            nonlocal end
+            if isinstance(value, np.ndarray):
                 start = -(-end // 4) * 4  # 16 bytes: kernels are compiled for aligned pointers
-                end = start + array.size
-                buffer[start:end] = array.reshape(-1)
-                views[-1].append(self.arrived[start:end].view(array.shape))
+                end = start + value.size
+                buffer[start:end] = value.reshape(-1)
+                return self.arrived[start:end].view(value.shape)
+            if isinstance(value, PackedStep | PackedBatch):
+                return type(value)(*map(place, value))
+            return [place(entry) for entry in value] if isinstance(value, list) else value
+
+        sent = place(packed)
         self.arrived[:end].copy_(host[:end], non_blocking=True)
-        return views
+        return sent
 
-    def update(self, places: Tensor, blocks: Tensor, rows: Tensor, sampling: Tensor) -> None:
-        """Learn a step's `updates`."""
-        if len(places):
-            self.block_tables.view(-1)[places] = blocks
-        if len(rows):
-            self.sampling[rows] = sampling
+    def update(self, sent: PackedStep) -> None:
+        """Learn what is new in an uploaded step."""
+        if len(sent.table_places):
+            self.block_tables.view(-1)[sent.table_places] = sent.table_blocks
+        if len(sent.new_rows):
+            self.sampling[sent.new_rows] = sent.new_sampling
 
-    def batch(self, is_decode: bool, arrays: list[INT], views: list[Tensor]) -> Batch:
-        """The batch whose packed arrays arrived as `views`. What the tables know is looked up on the device."""
-        rows, context_lens, _, token_rows, positions, input_ids, *work_list = views
-        places = token_rows * self.block_tables.shape[1] + positions // self.block_size
+    def batch(self, packed: PackedBatch, sent: PackedBatch) -> Batch:
+        """The batch that was uploaded. What the tables know is looked up on the device."""
+        places = sent.token_rows * self.blocks_per_row + sent.positions // self.block_size
         blocks = self.block_tables.view(-1).index_select(0, places)
         return Batch(
-            is_decode=is_decode,
-            input_ids=self.last_token.index_select(0, rows) if is_decode else input_ids,
-            positions=positions,
-            slot_mapping=blocks.long() * self.block_size + positions % self.block_size,
-            rows=rows,
-            context_lens=context_lens,
+            is_decode=packed.is_decode,
+            input_ids=self.last_token.index_select(0, sent.rows) if packed.is_decode else sent.input_ids,
+            positions=sent.positions,
+            slot_mapping=blocks.long() * self.block_size + sent.positions % self.block_size,
+            rows=sent.rows,
+            context_lens=sent.context_lens,
             block_tables=self.block_tables,
             block_size=self.block_size,
-            query_lens=arrays[2],
-            cpu_context_lens=arrays[1],
-            work_list=work_list,
+            query_lens=packed.query_lens,
+            cpu_context_lens=packed.context_lens,
+            work_list=sent.work_list,
         )
 
 

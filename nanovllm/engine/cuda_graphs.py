@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,21 +26,26 @@ StartDecode = Callable[[int], Callable[[], Tensor]]
 class DecodeGraphs:
     """Captured decode steps, if there are any. They share their memory: what one returns is gone when another is replayed."""
 
-    def __init__(self, start: StartDecode, sizes: list[int]):
-        """Capture what `start(size)` returns for each of the ascending sizes: it computes hidden states [size, hidden]."""
-        self.sizes = sizes
+    def __init__(self, start: StartDecode):
+        """`start(size)` returns what is captured: it computes hidden states [size, hidden]."""
+        self.start = start
+        self.sizes: list[int] = []  # ascending
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        pool = torch.cuda.graph_pool_handle() if sizes else None
+        self.pool: Any = None
+
+    def capture(self, size: int) -> None:
+        """Capture one more size. The largest is the first: the others fit into its memory."""
         try:
-            for size in reversed(sizes):  # the largest first: the others fit into its memory
-                decode = start(size)
-                decode()  # compiles, loads and allocates what a capture must not
-                graph = torch.cuda.CUDAGraph()
-                stream = _capture_stream(torch.cuda.current_device())
-                # NCCL's own thread goes on asking about earlier work meanwhile.
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    hidden = decode()
-                self.graphs[size] = graph, hidden
+            decode = self.start(size)
+            decode()  # compiles, loads and allocates what a capture must not
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            stream = _capture_stream(torch.cuda.current_device())
+            # NCCL's own thread goes on asking about earlier work meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+                hidden = decode()
+            self.graphs[size] = graph, hidden
+            self.sizes.insert(0, size)
         except BaseException:
             self.close()
             raise
@@ -69,15 +75,16 @@ def _capture_stream(device_index: int) -> torch.cuda.Stream:
 
 
 def graph_bytes(start: StartDecode, sizes: list[int], device: torch.device) -> int:
-    """What graphs of `sizes` will take: the pool of the largest, which all share, and a fixed cost for each."""
+    """What graphs of `sizes` will take, by capturing three: the largest's memory, which all share, and a fixed cost for each
+    of the others."""
+    graphs = DecodeGraphs(start)
+    free = []
+    for size in [None, *reversed(sizes[-3:])]:
+        if size is not None:
+            graphs.capture(size)
+        torch.cuda.empty_cache()
+        free.append(torch.cuda.mem_get_info(device)[0])
+    del graphs
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    taken = []
-    for few in (sizes[-1:], sizes[-3:]):
-        graphs = DecodeGraphs(start, few)
-        torch.cuda.empty_cache()
-        taken.append(free - torch.cuda.mem_get_info(device)[0])
-        del graphs
-        torch.cuda.empty_cache()
-    largest, three = taken
-    return largest + max(0, three - largest) * len(sizes) // 2
+    largest, others = free[0] - free[1], free[1] - free[-1]
+    return largest + max(0, others) * len(sizes) // 2

@@ -11,6 +11,7 @@ import atexit
 import ctypes
 import gc
 import os
+import pickle
 import time
 import weakref
 from collections.abc import Iterator
@@ -22,9 +23,10 @@ import torch
 
 from nanovllm.config import Config, ModelConfig
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.model_runner import Launched, ModelRunner, SampledTokens
+from nanovllm.engine.model_runner import ModelRunner, StepInFlight
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.startup import start_runner
 from nanovllm.models.loader import Tensors
 from nanovllm.parallel.group import Group
 
@@ -52,13 +54,13 @@ class LLMEngine:
             with _on(config.device_of(0)), no_full_collections():
                 group = self.workers.begin(config) if self.workers else Group(config.torch_device)
                 with self.workers.all_ranks() if self.workers else nullcontext():
-                    self.runner = ModelRunner(config, self.model_config, tensors, group)
+                    self.runner = start_runner(config, self.model_config, tensors, group)
         except BaseException:
             self.close()
             raise
         self.max_model_len = self.runner.max_len
         gc.collect()  # or it would happen in the middle of the first call, and take 0.3 s of it
-        self.in_flight: SampledTokens | None = None
+        self.in_flight: StepInFlight | None = None
         self.is_stepping = False
         self.why_closed = "this LLM is closed"
         self.num_steps = 0
@@ -105,12 +107,12 @@ class LLMEngine:
         finally:
             self.is_stepping = False
 
-    def forward(self, step: Step) -> Launched:
+    def forward(self, step: Step) -> StepInFlight:
         """Launch a step up to its logits on every rank; return at once."""
         runner = self._runner()
         packed = runner.pack(step)
-        with self.workers.all_ranks(packed.to_bytes()) if self.workers else nullcontext():
-            return runner.forward(step, packed)
+        with self.workers.all_ranks(pickle.dumps(packed)) if self.workers else nullcontext():
+            return runner.forward(packed, step)
 
     def stats(self) -> dict[str, Any]:
         manager = self.scheduler.block_manager
@@ -166,14 +168,14 @@ class LLMEngine:
         return Scheduler(manager, config.max_num_seqs, budget, self.ended)
 
     def _commit(self) -> Step:
-        sampled, self.in_flight = self.in_flight, None
-        if sampled is None:
+        in_flight, self.in_flight = self.in_flight, None
+        if in_flight is None:
             return Step()
-        results = sampled.result()  # waits for them
+        results = in_flight.wait()
         if self.workers is not None:
             self.workers.check()
-        self.scheduler.commit(results)
-        return sampled.step
+        self.scheduler.commit(in_flight.step, *results)
+        return in_flight.step
 
     def _reset(self) -> None:
         """Start over after an exception: a planned block may be in the prefix cache without its KV."""

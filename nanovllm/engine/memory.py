@@ -8,8 +8,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from nanovllm.config import Config
-
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
@@ -36,25 +34,17 @@ class CudaMemory:
         run()
         return torch.cuda.max_memory_reserved(self.device) - reserved
 
-    def pool_bytes(self, config: Config, block_bytes: int, peak: int) -> int:
-        """Bytes for the KV pool beside a step's peak: of our share, or what the options ask for if that much is free."""
+    def pool_bytes(self, utilization: float, peak: int, asked: int | None) -> int:
+        """`pool_bytes` by this device's readings."""
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
         held = max(torch.cuda.memory_reserved(self.device), self.available - free)  # or more, outside of PyTorch
         logger.info("this process holds %s, a step takes %s", gib(held), gib(peak))
-        if config.num_kvcache_blocks == -1:
-            return cuda_pool_bytes(self.total, free, config.gpu_memory_utilization, held, peak)
-        pool = config.num_kvcache_blocks * block_bytes
-        if pool + peak > free:
-            raise ValueError(
-                f"num_kvcache_blocks={config.num_kvcache_blocks} take {gib(pool)}, but only {gib(free - peak)} are free "
-                f"beside the {gib(peak)} that a step takes"
-            )
-        return pool
+        return pool_bytes(self.total, free, utilization, held, peak, asked)
 
 
-def cuda_pool_bytes(total: int, free: int, utilization: float, held: int, peak: int) -> int:
-    """Bytes for the KV pool: the share of the card that is ours, less what this process holds and a step's peak.
+def pool_bytes(total: int, free: int, utilization: float, held: int, peak: int, asked: int | None = None) -> int:
+    """Bytes for the KV pool: `asked`, or the share of the card that is ours, less what this process holds and a step's peak.
 
     Args:
         total, free: the card's memory, and what no process has taken of it.
@@ -63,23 +53,20 @@ def cuda_pool_bytes(total: int, free: int, utilization: float, held: int, peak: 
         peak: what the largest step takes beside that.
 
     Raises:
-        ValueError: the share leaves nothing, or more than is free, with the figures.
+        ValueError: the share leaves nothing, or the pool is more than is free, with the figures.
     """
-    pool = int(total * utilization) - held - peak
-    split = (
-        f"gpu_memory_utilization={utilization} of {gib(total)} is {gib(total * utilization)}, of which "
-        f"this process holds {gib(held)} and a step takes {gib(peak)}"
-    )
+    pool = int(total * utilization) - held - peak if asked is None else asked
+    if 0 < pool <= free - peak:
+        return pool
+    problem = f"the KV cache would take {gib(pool)}, but only {gib(free - peak)} are free"
+    remedy = "lower gpu_memory_utilization or num_kvcache_blocks"
     if pool <= 0:
-        raise ValueError(
-            f"no memory is left for the KV cache: {split}; raise gpu_memory_utilization or tensor_parallel_size"
-        )
-    if pool + peak > free:
-        raise ValueError(
-            f"the KV cache would take {gib(pool)}, but only {gib(free - peak)} are free: {split}; "
-            f"other processes hold {gib(total - free - held)}; lower gpu_memory_utilization"
-        )
-    return pool
+        problem = "no memory is left for the KV cache"
+        remedy = "raise gpu_memory_utilization or tensor_parallel_size"
+    raise ValueError(
+        f"{problem}: gpu_memory_utilization={utilization} of {gib(total)} is {gib(total * utilization)}, of which this process "
+        f"holds {gib(held)} and a step takes {gib(peak)}; other processes hold {gib(total - free - held)}; {remedy}"
+    )
 
 
 def check_weights_fit(weights: int, total: int, utilization: float, num_ranks: int) -> None:

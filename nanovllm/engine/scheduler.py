@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import NOT_DRAWN, Sequence
@@ -106,21 +107,33 @@ class Scheduler:
             self._schedule_waiting(step, budget)
         return step if step.decodes or step.chunks else None
 
-    def commit(self, sampled: list[tuple[Sequence, int | None, LogprobRow | None]]) -> None:
-        """Take the tokens that a step drew, with their log-probabilities; what that finishes goes to `ended`.
+    def commit(
+        self,
+        step: Step,
+        token_ids: Iterable[int | None],
+        logprobs: Iterable[LogprobRow] = (),
+        prompt_logprobs: Iterable[LogprobRow] = (),
+    ) -> None:
+        """Take what a step gave: a token for each sampled sequence, and the log-probabilities that were asked for. What that
+        finishes goes to `ended`.
 
         A sequence that was finished before (aborted) is passed over. One from whose logits no token can be drawn (None) is
         finished, and a warning names its request.
         """
+        logprobs, prompt_logprobs = iter(logprobs), iter(prompt_logprobs)
+        for chunk in step.chunks:
+            chunk.seq.append_prompt_logprobs(islice(prompt_logprobs, len(chunk.scored)))
         block_size, now = self.block_manager.block_size, time.time()
         not_drawn = set()
-        for seq, token_id, logprobs in sampled:
+        for chunk, token_id in zip(step.sampled, token_ids, strict=True):
+            seq = chunk.seq
+            row = None if seq.params.logprobs is None else next(logprobs)
             if seq.is_finished:
                 continue
-            seq.append(token_id, logprobs, now)
+            seq.append(token_id, row, now)
             if token_id is None:  # what stands for it is not what the next step has read: its block is not cached
                 not_drawn.add(seq.request_id)
-            elif seq.row and seq.num_computed_tokens >= (len(seq.prefix_ids) + 1) * block_size:
+            elif seq.is_running and seq.num_computed_tokens >= (len(seq.prefix_ids) + 1) * block_size:
                 self.block_manager.register(seq)
             if seq.is_finished:
                 self._put_away(seq)
@@ -131,7 +144,7 @@ class Scheduler:
         """Plan for the running sequences, oldest first, preempting the newest ones where blocks run out; what is left."""
         block_size = self.block_manager.block_size
         for seq in self.running[:]:
-            if not budget or not seq.row:  # it was preempted for an older one, as are all that follow
+            if not budget or not seq.is_running:  # it was preempted for an older one, as are all that follow
                 break
             num_tokens = min(len(seq.token_ids) + seq.num_pending - seq.num_computed_tokens, budget)
             if num_tokens == 0 or (seq.num_pending and seq.reaches_length):
@@ -215,7 +228,7 @@ class Scheduler:
     def _put_away(self, seq: Sequence) -> None:
         """Hand a finished sequence out, and take back what it holds."""
         self.ended[seq] = None
-        if seq.row:
+        if seq.is_running:
             self._leave_row(seq)
         else:  # it waits, perhaps preempted while its last token was on its way
             del self.waiting[seq]

@@ -40,7 +40,7 @@ class Sequence:
     prompt_text: Detokenizer | None = None  # the texts of its tokens, for their log-probabilities
 
     num_prompt_tokens: int = field(init=False)
-    is_plain: bool = field(init=False)  # the logits are drawn from as they are, and nothing else is asked for
+    needs_extras: bool = field(init=False)  # logit rules, truncation or log-probabilities
     stop_token_ids: frozenset[int] = field(init=False)
     allowed_token_ids: NDArray[np.int64] | None = field(init=False)
     processors: list[tuple[LogitsProcessor, bool]] = field(init=False)  # and whether it takes the prompt
@@ -67,10 +67,10 @@ class Sequence:
         self.stop_token_ids = frozenset(p.stop_token_ids or ())
         self.allowed_token_ids = np.array(p.allowed_token_ids) if p.allowed_token_ids else None
         self.processors = [(f, _takes_prompt(f)) for f in p.logits_processors or ()]
-        self.is_plain = not self.adjusts_logits and not p.is_truncated and p.logprobs is None
+        self.needs_extras = self.has_logit_rules or p.is_truncated or p.logprobs is not None
 
     @property
-    def adjusts_logits(self) -> bool:
+    def has_logit_rules(self) -> bool:
         """Whether the logits of the next token are changed before temperature."""
         p = self.params
         is_early = self.num_completion_tokens < p.min_tokens
@@ -88,6 +88,10 @@ class Sequence:
     @property
     def completion_token_ids(self) -> list[int]:
         return list(self.token_ids[self.num_prompt_tokens :])
+
+    @property
+    def is_running(self) -> bool:
+        return self.row > 0
 
     @property
     def is_finished(self) -> bool:

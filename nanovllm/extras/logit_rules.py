@@ -9,17 +9,17 @@ from torch import Tensor
 
 from nanovllm.engine.sequence import Sequence
 
-Send = Callable[[ArrayLike], Tensor]  # to the device, without waiting
-Asking = list[tuple[int, Sequence]]  # sequences with their rows
+ToDevice = Callable[[ArrayLike], Tensor]  # which does not wait
+Indexed = list[tuple[int, Sequence]]  # sequences, and which of the logits are theirs
 
 
-def adjust(logits: Tensor, asking: Asking, send: Send) -> Tensor:
-    """A float32 copy of the logits [S, vocabulary] in which the rows of the sequences that ask for it are changed."""
+def apply_rules(logits: Tensor, sequences: Indexed, to_device: ToDevice) -> Tensor:
+    """A float32 copy of the logits [S, vocabulary] in which those of `sequences` are changed by their rules."""
     logits = logits.to(torch.float32, copy=True)
-    _penalize(logits, asking, send)
-    _add_bias(logits, asking, send)
-    _keep_allowed(logits, asking, send)
-    for i, seq in asking:
+    _penalize(logits, sequences, to_device)
+    _add_bias(logits, sequences, to_device)
+    _keep_allowed(logits, sequences, to_device)
+    for i, seq in sequences:
         for processor, takes_prompt in seq.processors:
             prompt = [list(seq.token_ids[: seq.num_prompt_tokens])] if takes_prompt else []
             row = processor(*prompt, seq.completion_token_ids, logits[i])
@@ -30,43 +30,43 @@ def adjust(logits: Tensor, asking: Asking, send: Send) -> Tensor:
     return logits
 
 
-def _penalize(logits: Tensor, asking: Asking, send: Send) -> None:
+def _penalize(logits: Tensor, sequences: Indexed, to_device: ToDevice) -> None:
     """Repetition (prompt and completion), presence and frequency (completion) penalties, in place.
 
     They change the logits of known tokens only; one that stands in a sequence twice is computed twice, to the same result.
     """
-    penalized = [(i, seq) for i, seq in asking if seq.params.is_penalized]
+    penalized = [(i, seq) for i, seq in sequences if seq.params.is_penalized]
     if not penalized:
         return
-    token_ids = send(np.concatenate([seq.token_ids for _, seq in penalized]))
+    token_ids = to_device(np.concatenate([seq.token_ids for _, seq in penalized]))
     lens = [n for _, seq in penalized for n in (seq.num_prompt_tokens, seq.num_completion_tokens)]
-    parts = torch.repeat_interleave(send(lens), output_size=len(token_ids))  # prompts are even, completions odd
+    parts = torch.repeat_interleave(to_device(lens), output_size=len(token_ids))  # prompts are even, completions odd
     owner, is_drawn = parts // 2, parts % 2
     params = (seq.params for _, seq in penalized)
     penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
-    repetition, presence, frequency = send(np.array(penalties, np.float32))[owner].unbind(1)
-    known = send([i for i, _ in penalized])[owner] * logits.shape[1] + token_ids
+    repetition, presence, frequency = to_device(np.array(penalties, np.float32))[owner].unbind(1)
+    known = to_device([i for i, _ in penalized])[owner] * logits.shape[1] + token_ids
     counts = torch.zeros_like(logits).view(-1).index_add_(0, known, is_drawn.float())[known]
     x = logits.view(-1)[known]
     x = torch.where(x > 0, x / repetition, x * repetition)
     logits.view(-1).index_copy_(0, known, x - frequency * counts - presence * (counts > 0))
 
 
-def _add_bias(logits: Tensor, asking: Asking, send: Send) -> None:
+def _add_bias(logits: Tensor, sequences: Indexed, to_device: ToDevice) -> None:
     """Add `logit_bias`, and -inf to the tokens that would stop too early, in place."""
     start = logits.shape[1]
-    biases = [(i * start + t, b) for i, seq in asking for t, b in (seq.params.logit_bias or {}).items()]
-    biases += [(i * start + t, -np.inf) for i, seq in asking for t in seq.banned_token_ids]
+    biases = [(i * start + t, b) for i, seq in sequences for t, b in (seq.params.logit_bias or {}).items()]
+    biases += [(i * start + t, -np.inf) for i, seq in sequences for t in seq.banned_token_ids]
     if biases:
         places, values = zip(*biases, strict=True)
-        logits.view(-1).scatter_add_(0, send(places), send(np.array(values, np.float32)))
+        logits.view(-1).scatter_add_(0, to_device(places), to_device(np.array(values, np.float32)))
 
 
-def _keep_allowed(logits: Tensor, asking: Asking, send: Send) -> None:
+def _keep_allowed(logits: Tensor, sequences: Indexed, to_device: ToDevice) -> None:
     """Where only some tokens are allowed, set all others to -inf, in place."""
-    allowed = [(i, seq.allowed_token_ids) for i, seq in asking if seq.allowed_token_ids is not None]
+    allowed = [(i, seq.allowed_token_ids) for i, seq in sequences if seq.allowed_token_ids is not None]
     if allowed:
-        places = send(np.concatenate([i * logits.shape[1] + token_ids for i, token_ids in allowed]))
+        places = to_device(np.concatenate([i * logits.shape[1] + token_ids for i, token_ids in allowed]))
         kept = logits.view(-1).index_select(0, places)
-        logits.index_fill_(0, send([i for i, _ in allowed]), -torch.inf)
+        logits.index_fill_(0, to_device([i for i, _ in allowed]), -torch.inf)
         logits.view(-1).index_copy_(0, places, kept)

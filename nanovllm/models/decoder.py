@@ -105,10 +105,12 @@ class Decoder(nn.Module):
         self.requires_grad_(False)
         self.group, self.vocab_size = group, config.vocab_size
         self.run_layer = self.layer_class.forward
+        self.is_compiled = False
 
     def compile_layers(self) -> None:
         """Compile what every layer runs, once for any number of tokens but one."""
         self.run_layer = torch.compile(self.layer_class.forward, dynamic=True)
+        self.is_compiled = True
 
     def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
         """Compute a step: hidden states [T, hidden] of its tokens, whose keys and values go to the layers' caches."""

@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nanovllm.checks import check_int
-from nanovllm.config import ModelConfig, naming, read_json
+from nanovllm.config import Config, ModelConfig, naming, read_json
 from nanovllm.layers.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+from nanovllm.models.decoder import Decoder
 from nanovllm.parallel.group import Share
 from nanovllm.progress import progress_bar
 
@@ -63,6 +64,24 @@ def resolve_model(model: str | os.PathLike[str], revision: str | None = None, op
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
     except Exception as error:
         raise ValueError(f"{option} {name!r} is no folder and cannot be fetched from the Hub: {error}") from error
+
+
+def read_model(config: Config, folder: Path) -> tuple[ModelConfig, Tensors]:
+    """What a model's folder says: its architecture, in the data type that the options ask for, and its tensors.
+
+    Raises:
+        TypeError, ValueError: `model_class` is no Decoder; a file is damaged, or asks for what this engine does not run.
+    """
+    model_class = Decoder if config.model_class is None else config.model_class
+    if not issubclass(model_class, Decoder):
+        raise TypeError(f"model_class must be a subclass of Decoder, got {model_class!r}")
+    model_config = ModelConfig.from_folder(folder, model_class.read_config)
+    model_config = replace(model_config, dtype=config.torch_dtype(model_config.dtype))
+    if config.load_format == "dummy":
+        return model_config, {}
+    tensors = read_headers(folder)
+    with naming(folder / "config.json"):
+        return fit_config(model_config, tensors), tensors
 
 
 def load_weights(model: nn.Module, tensors: Tensors, show_progress: bool) -> None:

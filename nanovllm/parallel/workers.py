@@ -28,9 +28,9 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.config import Config
-from nanovllm.engine.batch import PackedStep
-from nanovllm.engine.model_runner import ModelRunner, read_model
-from nanovllm.models.loader import resolve_model
+from nanovllm.engine.scheduler import Step
+from nanovllm.engine.startup import start_runner
+from nanovllm.models.loader import read_model, resolve_model
 from nanovllm.parallel.group import TIMEOUT, Group
 
 CLOSE, EXIT = b"", b"exit"  # in place of a step, and of a model
@@ -248,9 +248,9 @@ def serve(connection: Connection, store: dist.Store, rank: int, local_rank: int,
             model_store = dist.PrefixStore(prefix, store)
             model_store.set(f"rank {rank}", "is here")
             group.connect(model_store)
-            runner = ModelRunner(config, model_config, tensors, group)
+            runner = start_runner(config, model_config, tensors, group)
             while (message := inbox.get()) != CLOSE:
-                runner.run(PackedStep.from_bytes(message))
+                runner.forward(pickle.loads(message), Step())
             runner.close()
             del runner
             group.close()
