@@ -3,12 +3,16 @@
 A check returns the value as it is to be kept: numbers as Python's own, lists as tuples, which their owner cannot change.
 """
 
-import ctypes
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
+
+# A device rounds what is less to 0, and what is more to infinity.
+SMALLEST, LARGEST = (float(x) for x in (np.finfo(np.float32).smallest_subnormal, np.finfo(np.float32).max))
 
 
 def check_fields(options: Any) -> None:
@@ -48,12 +52,8 @@ def check_float(name: str, value: Any, minimum: float, maximum: float = math.inf
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number:
         raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        single = ctypes.c_float(float(value)).value  # what the device will see
-    except OverflowError:
-        single = math.inf
-    is_above = single > minimum if open_minimum else value >= minimum
-    if not (is_above and value <= maximum and single < math.inf):
+    least = minimum + SMALLEST if open_minimum else minimum
+    if not least <= value <= min(maximum, LARGEST):
         bracket = "(" if open_minimum else "["
         upper = "infinity)" if maximum == math.inf else f"{maximum}]"
         raise ValueError(f"{name} must be in {bracket}{minimum}, {upper}, got {value!r}")

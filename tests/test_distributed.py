@@ -221,12 +221,12 @@ def test_an_error_of_a_request_leaves_the_ranks_in_step(tiny_model):
 def test_another_signals_handler_in_the_middle_of_a_step_ends_the_model(tiny_model, monkeypatch):
     """The other rank has been sent a step that this one does not launch: it waits, and must not be waited for."""
 
-    def terminated(packed):
+    def terminated(packed, step):
         raise SystemExit(3)
 
     llm = new_llm(tiny_model("qwen3"), 2)
     workers = workers_of(llm)
-    monkeypatch.setattr(llm.engine.runner, "run", terminated)
+    monkeypatch.setattr(llm.engine.runner, "forward", terminated)
     with pytest.raises(SystemExit):
         llm.generate([[1, 2]], PARAMS[0], use_tqdm=False)
     assert psutil.wait_procs(workers, timeout=20)[1] == []

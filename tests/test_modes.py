@@ -88,8 +88,8 @@ def test_the_numbers_of_the_largest_step_fit(tiny_model, device, monkeypatch):
 class RepeatedSteps(DecodeGraphs):
     """Stands in for CUDA graphs: what a graph would have recorded is run again, on what has arrived meanwhile."""
 
-    def capture(self, size):
-        self.graphs[size] = self.start(size)
+    def capture(self, size, decode):
+        self.graphs[size] = decode
         self.sizes.insert(0, size)
 
     def replay(self, size):
@@ -106,9 +106,9 @@ def test_padded_steps_find_their_numbers_where_graphs_look_for_them(tiny_model, 
         pytest.skip("without a GPU")
     llm = make_llm(tiny_model(), attention_backend="triton", max_num_batched_tokens=25, max_num_seqs=20)
     runner = llm.engine.runner
-    runner.graphs, runner.model.is_compiled = RepeatedSteps(runner.start_trash_decode), True
+    runner.graphs, runner.model.is_compiled = RepeatedSteps(), True
     for size in reversed(graph_sizes(20)):
-        runner.graphs.capture(size)
+        runner.graphs.capture(size, runner.start_trash_decode(size))
     chosen = [0, 1, 4, 8, 10]
     outputs = llm.generate([PROMPTS[i] for i in chosen], [PARAMS[i] for i in chosen], use_tqdm=False)
     assert [o["token_ids"] for o in outputs] == [expected[i][0] for i in chosen]

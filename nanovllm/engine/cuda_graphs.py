@@ -20,23 +20,18 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max(2, max_num_seqs)]
 
 
-StartDecode = Callable[[int], Callable[[], Tensor]]
-
-
 class DecodeGraphs:
     """Captured decode steps, if there are any. They share their memory: what one returns is gone when another is replayed."""
 
-    def __init__(self, start: StartDecode):
-        """`start(size)` returns what is captured: it computes hidden states [size, hidden]."""
-        self.start = start
+    def __init__(self) -> None:
         self.sizes: list[int] = []  # ascending
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.pool: Any = None
 
-    def capture(self, size: int) -> None:
-        """Capture one more size. The largest is the first: the others fit into its memory."""
+    def capture(self, size: int, decode: Callable[[], Tensor]) -> None:
+        """Capture what computes the hidden states [size, hidden] of a decode step. The largest size is the first: the others
+        fit into its memory."""
         try:
-            decode = self.start(size)
             decode()  # compiles, loads and allocates what a capture must not
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
@@ -74,14 +69,14 @@ def _capture_stream(device_index: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device_index)
 
 
-def graph_bytes(start: StartDecode, sizes: list[int], device: torch.device) -> int:
-    """What graphs of `sizes` will take, by capturing three: the largest's memory, which all share, and a fixed cost for each
-    of the others."""
-    graphs = DecodeGraphs(start)
+def graph_bytes(start: Callable[[int], Callable[[], Tensor]], sizes: list[int], device: torch.device) -> int:
+    """What graphs of `sizes` will take, by capturing what `start` returns for three: the largest's memory, which all share, and
+    a fixed cost for each of the others."""
+    graphs = DecodeGraphs()
     free = []
     for size in [None, *reversed(sizes[-3:])]:
         if size is not None:
-            graphs.capture(size)
+            graphs.capture(size, start(size))
         torch.cuda.empty_cache()
         free.append(torch.cuda.mem_get_info(device)[0])
     del graphs

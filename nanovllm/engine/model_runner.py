@@ -90,7 +90,7 @@ class ModelRunner:
         self.block_size = config.kvcache_block_size or backend.block_size
         self.head_rows = min(HEAD_ROWS, config.max_num_seqs)
         self.tables = DeviceTables(config, max(max_len, TOKEN_MULTIPLE), self.block_size, self.device)
-        self.graphs = DecodeGraphs(self.start_trash_decode)
+        self.graphs = DecodeGraphs()
         self.allocate_kv_cache(1)
 
     def allocate_kv_cache(self, num_blocks: int) -> None:

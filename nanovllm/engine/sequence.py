@@ -176,5 +176,4 @@ def _takes_prompt(processor: LogitsProcessor) -> bool:
         parameters = inspect.signature(processor).parameters.values()
     except ValueError:  # a builtin one has no signature
         return False
-    positional = (p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-    return sum(p.default is p.empty for p in positional) == 3
+    return sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters) == 3

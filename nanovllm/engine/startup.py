@@ -51,7 +51,7 @@ def start_runner(config: Config, model_config: ModelConfig, tensors: Tensors, gr
     sizes = graph_sizes(config.max_num_seqs) if model.is_compiled and backend.capturable else []
     runner.allocate_kv_cache(group.least(choose_num_blocks(runner, config, memory, sizes)))
     for size in reversed(sizes):
-        runner.graphs.capture(size)
+        runner.graphs.capture(size, runner.start_trash_decode(size))
     runner.warm_up()
     return runner
 

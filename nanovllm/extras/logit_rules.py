@@ -45,8 +45,10 @@ def _penalize(logits: Tensor, sequences: Indexed, to_device: ToDevice) -> None:
     params = (seq.params for _, seq in penalized)
     penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
     repetition, presence, frequency = to_device(np.array(penalties, np.float32))[owner].unbind(1)
-    known = to_device([i for i, _ in penalized])[owner] * logits.shape[1] + token_ids
-    counts = torch.zeros_like(logits).view(-1).index_add_(0, known, is_drawn.float())[known]
+    vocab_size = logits.shape[1]
+    places = owner * vocab_size + token_ids
+    counts = logits.new_zeros(len(penalized) * vocab_size).index_add_(0, places, is_drawn.float())[places]
+    known = to_device([i for i, _ in penalized])[owner] * vocab_size + token_ids
     x = logits.view(-1)[known]
     x = torch.where(x > 0, x / repetition, x * repetition)
     logits.view(-1).index_copy_(0, known, x - frequency * counts - presence * (counts > 0))

@@ -19,9 +19,14 @@ ALIGNED = tl.constexpr(8)  # elements that are moved at once
 ONE_PASS_BYTES = 2**19
 
 
+def flag_bytes(size: int) -> int:
+    """What the flags of so many ranks take, at the beginning of each one's memory."""
+    return 2 * PROGRAMS * size * 8
+
+
 def memory_bytes(size: int, capacity: int) -> int:
     """What each of so many ranks needs for inputs of `capacity` bytes."""
-    return 2 * PROGRAMS * size * 8 + 2 * capacity
+    return flag_bytes(size) + 2 * capacity
 
 
 def all_reduce(x: Tensor, memories: Tensor, turns: Tensor, stop: Tensor, rank: int, capacity: int) -> None:
@@ -36,14 +41,14 @@ def all_reduce(x: Tensor, memories: Tensor, turns: Tensor, stop: Tensor, rank: i
     size = len(memories)
     num_passes = 2 if size > 2 and x.nbytes > ONE_PASS_BYTES else 1
     all_reduce_kernel[(PROGRAMS,)](
-        x, memories, turns, stop, x.numel(), capacity,
+        x, memories, turns, stop, x.numel(), flag_bytes(size), capacity,
         RANK=rank, SIZE=size, LANES=triton.next_power_of_2(size), NUM_PASSES=num_passes, BLOCK=BLOCK, num_warps=16,
     )  # fmt: skip
 
 
 @triton.jit
 def all_reduce_kernel(
-    x, memories, turns, stop, n, capacity,
+    x, memories, turns, stop, n, data_start, capacity,
     RANK: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr, NUM_PASSES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, num_programs = tl.program_id(0), tl.num_programs(0)
@@ -54,7 +59,7 @@ def all_reduce_kernel(
     start = program * slice_size * SIZE
     end = tl.minimum(start + slice_size * SIZE, n)
     if start < end:
-        offset = 2 * num_programs * SIZE * 8 + (turn & 1) * capacity
+        offset = data_start + (turn & 1) * capacity
         own = data_of(memories, RANK, offset, x)
         for i in range(start, end, BLOCK):
             element = i + tl.arange(0, BLOCK)
@@ -98,13 +103,19 @@ def meet(memories, place, turn, stop, RANK: tl.constexpr, SIZE: tl.constexpr, LA
     """Tell the others that what was written for this turn is there, and wait for what they write."""
     tl.debug_barrier()  # all threads have written theirs
     ranks = tl.arange(0, LANES)  # told at once: one after the other would wait for each
-    flags = tl.load(memories + ranks, mask=ranks < SIZE).to(tl.pointer_type(tl.int64), bitcast=True) + place * SIZE
-    tl.atomic_xchg(flags + RANK, turn, mask=ranks < SIZE, sem="release", scope="sys")
-    own = tl.load(memories + RANK).to(tl.pointer_type(tl.int64), bitcast=True) + place * SIZE
+    theirs = flags_of(tl.load(memories + ranks, mask=ranks < SIZE), place, SIZE)
+    tl.atomic_xchg(theirs + RANK, turn, mask=ranks < SIZE, sem="release", scope="sys")
+    own = flags_of(tl.load(memories + RANK), place, SIZE)
     for r in tl.static_range(SIZE):
         if r != RANK:
             wait_for(own + r, turn, stop)
     tl.debug_barrier()
+
+
+@triton.jit
+def flags_of(address, place, SIZE: tl.constexpr):
+    """Those of one meeting of one program, a flag for each rank."""
+    return address.to(tl.pointer_type(tl.int64), bitcast=True) + place * SIZE
 
 
 @triton.jit
