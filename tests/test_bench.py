@@ -1,26 +1,20 @@
 """bench.py: the workloads are what they say, the limit is right, and the last line is JSON."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
+import bench
+from nanovllm import LLM
 from nanovllm.config import ModelConfig, RopeConfig
+from tools.bench_args import parse_args
+from tools.ceiling import Ceilings, least_work
+from tools.shapes import SHAPES
+from tools.watchers import Trace
+from tools.workloads import OPTIONS_FOR_ALL, WORKLOADS, Workload
 
-
-def load_bench():
-    spec = importlib.util.spec_from_file_location("bench", Path(__file__).parent.parent / "bench.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load_bench()
 BILLION = {
     "qwen3-0.6b": 0.60,
     "qwen3-1.7b": 1.72,
@@ -35,7 +29,7 @@ SMALL = {"vocab_size": 10001}  # the prompts' ids have to be in the vocabulary
 
 
 def shape_config(name, folder):
-    bench.SHAPES[name].save(folder)
+    SHAPES[name].save(folder)
     return ModelConfig.from_folder(folder, ModelConfig.from_hf)
 
 
@@ -51,9 +45,9 @@ def run(capsys, *args):
     return json.loads(last), "\n".join(table)
 
 
-@pytest.mark.parametrize("name", bench.WORKLOADS)
+@pytest.mark.parametrize("name", WORKLOADS)
 def test_a_workload_keeps_to_its_lengths_and_shares_only_its_prefix(name):
-    workload = bench.WORKLOADS[name]
+    workload = WORKLOADS[name]
     prompts, output_lens = workload.requests(0)
     assert len(prompts) == len(output_lens) == workload.num_seqs
     low, high = (n + workload.shared_prefix for n in workload.input_len)
@@ -71,7 +65,7 @@ def test_a_workload_keeps_to_its_lengths_and_shares_only_its_prefix(name):
 @pytest.mark.parametrize("name", ["classic", "single", "eight", "prefix"])
 def test_passes_repeat_in_another_run_and_are_fresh_within_one(name):
     """Only lengths recur: a prefix cache that is kept between passes must find nothing."""
-    workload = bench.WORKLOADS[name]
+    workload = WORKLOADS[name]
     passes = [workload.requests(number) for number in range(3)]
     assert passes == [replace(workload).requests(number) for number in range(3)]
     assert len({tuple(map(len, prompts)) for prompts, _ in passes}) == 1
@@ -83,20 +77,20 @@ def test_passes_repeat_in_another_run_and_are_fresh_within_one(name):
 
 
 def test_workloads_in_one_run_share_nothing():
-    beginnings = [tuple(workload.requests(0)[0][0][:16]) for workload in bench.WORKLOADS.values()]
+    beginnings = [tuple(workload.requests(0)[0][0][:16]) for workload in WORKLOADS.values()]
     assert len(set(beginnings)) == len(beginnings)
 
 
 def test_classic_stays_the_workload_that_earlier_figures_are_of():
-    prompts, output_lens = bench.WORKLOADS["classic"].requests(0)
+    prompts, output_lens = WORKLOADS["classic"].requests(0)
     assert sum(output_lens) == 133_966
     assert sum(map(len, prompts)) == 142_827
 
 
-@pytest.mark.parametrize("name", bench.SHAPES)
+@pytest.mark.parametrize("name", SHAPES)
 def test_a_shape_has_the_parameters_of_its_model(name, tmp_path):
     config = shape_config(name, tmp_path)
-    one_pass = bench.least_work(config, [1], [1])  # reads every layer and the output head, two bytes each
+    one_pass = least_work(config, [1], [1])  # reads every layer and the output head, two bytes each
     parameters = one_pass.weight_bytes / 2
     if not config.tie_word_embeddings:
         parameters += config.vocab_size * config.hidden_size
@@ -130,27 +124,27 @@ KV_BYTES = 3 * 2 * 2 * 2 * 2  # layers, k and v, heads, head size, bytes
 
 
 def test_the_least_work_is_what_one_counts_by_hand():
-    work = bench.least_work(TINY, prompt_lens=[4, 6], output_lens=[3, 1])
+    work = least_work(TINY, prompt_lens=[4, 6], output_lens=[3, 1])
     assert work.kv_bytes == (5 + 6) * KV_BYTES  # tokens 2 and 3 of the first request; the second one decodes nothing
     assert work.weight_bytes == 3 * (LAYERS + 100 * 8) * 2
     assert work.prompt_flops == 2 * LAYERS * (4 + 6) + 3 * 2 * 2 * 4 * 2 * (4**2 + 6**2) // 2
-    ceilings = bench.Ceilings(bytes_per_s=10.0, flop_per_s=100.0)
+    ceilings = Ceilings(bytes_per_s=10.0, flop_per_s=100.0)
     bytes_read = work.kv_bytes + work.weight_bytes
     assert ceilings.limit_seconds(work) == pytest.approx(bytes_read / 10 + work.prompt_flops / 100)
 
 
 def test_a_shared_prefix_is_computed_once_and_read_once_a_step():
     """Counted for each request, an engine that shares its reads would beat the limit."""
-    work = bench.least_work(TINY, prompt_lens=[6, 7], output_lens=[3, 2], shared_prefix=4)
+    work = least_work(TINY, prompt_lens=[6, 7], output_lens=[3, 2], shared_prefix=4)
     assert work.kv_bytes == (2 * 4 + (3 + 4) + 4) * KV_BYTES
     pairs = 4**2 // 2 + (6**2 - 4**2) // 2 + (7**2 - 4**2) // 2
     assert work.prompt_flops == 2 * LAYERS * (4 + 2 + 3) + 3 * 2 * 2 * 4 * 2 * pairs
 
 
 def test_classic_reads_13_9_terabytes_of_kv(tmp_path):
-    work = bench.least_work(shape_config("qwen3-0.6b", tmp_path), *lens(bench.WORKLOADS["classic"]))
+    work = least_work(shape_config("qwen3-0.6b", tmp_path), *lens(WORKLOADS["classic"]))
     assert work.kv_bytes == pytest.approx(13.9e12, rel=0.01)
-    assert bench.Ceilings(4.25e12, 694e12).limit_seconds(work) == pytest.approx(3.73, rel=0.01)
+    assert Ceilings(4.25e12, 694e12).limit_seconds(work) == pytest.approx(3.73, rel=0.01)
 
 
 def test_a_custom_run_ends_in_one_line_of_json(tiny_model, device, capsys):
@@ -162,7 +156,7 @@ def test_a_custom_run_ends_in_one_line_of_json(tiny_model, device, capsys):
     assert report["settings"]["max_model_len"] == 32
     custom = report["workloads"]["custom"]
     assert (custom["num_seqs"], custom["input_len"], custom["temperature"]) == (3, [4, 9], 0.5)
-    workload = bench.Workload(3, (4, 9), (2, 6))
+    workload = Workload(3, (4, 9), (2, 6))
     assert custom["output_tokens"] == sum(lens(workload)[1])
     assert custom["prompt_tokens"] == sum(lens(workload)[0])
     assert custom["best"]["seconds"] == custom["passes"]["seconds"][1], "the first of two passes is no headline"
@@ -179,14 +173,14 @@ def test_a_custom_run_ends_in_one_line_of_json(tiny_model, device, capsys):
 
 
 def test_named_workloads_share_one_llm(tiny_model, capsys, monkeypatch):
-    monkeypatch.setitem(bench.WORKLOADS, "single", bench.Workload(1, (5, 5), (3, 3)))
-    monkeypatch.setitem(bench.WORKLOADS, "prefix", bench.Workload(2, (5, 5), (3, 3), shared_prefix=40))
-    made, real_llm = [], bench.LLM
-    monkeypatch.setattr(bench, "LLM", lambda **options: made.append(options) or real_llm(**options))
+    monkeypatch.setitem(WORKLOADS, "single", Workload(1, (5, 5), (3, 3)))
+    monkeypatch.setitem(WORKLOADS, "prefix", Workload(2, (5, 5), (3, 3), shared_prefix=40))
+    made = []
+    monkeypatch.setattr(bench, "LLM", lambda **options: made.append(options) or LLM(**options))
     args = ["--workload", "prefix", "single", "--passes", 1, "--device", "cpu"]
     report, _ = run(capsys, "--model", tiny_model(**SMALL), *args)
     assert len(made) == 1
-    assert {name: made[0][name] for name in bench.OPTIONS_FOR_ALL} == bench.OPTIONS_FOR_ALL
+    assert {name: made[0][name] for name in OPTIONS_FOR_ALL} == OPTIONS_FOR_ALL
     assert not {"attention_backend", "kvcache_block_size"} & made[0].keys(), "left to LLM unless they are given"
     assert list(report["workloads"]) == ["prefix", "single"]
     assert report["workloads"]["prefix"]["prompt_tokens"] == 2 * 45
@@ -202,10 +196,10 @@ def test_an_output_of_another_length_is_an_error(tiny_model, capsys):
 
 def test_what_watches_a_pass_leaves_the_llm_as_it_was(tiny_model):
     """A wrapper left on a closed LLM would keep its memory."""
-    llm = bench.LLM(tiny_model(**SMALL), device="cpu", use_tqdm=False)
+    llm = LLM(tiny_model(**SMALL), device="cpu", use_tqdm=False)
     before = dict(vars(llm.engine)), dict(vars(llm.engine.runner))
-    trace = bench.Trace(llm.engine)
-    bench.run_pass(llm, bench.Workload(2, (4, 4), (3, 3)), 0, None, trace)
+    trace = Trace(llm.engine)
+    bench.run_pass(llm, Workload(2, (4, 4), (3, 3)), 0, None, trace)
     assert vars(llm.engine).keys() == before[0].keys()
     assert vars(llm.engine.runner).keys() == before[1].keys()
     assert sum(turn.step.num_prefill_tokens for turn in trace.turns) == 8
@@ -215,5 +209,5 @@ def test_what_watches_a_pass_leaves_the_llm_as_it_was(tiny_model):
 @pytest.mark.parametrize("args", [["--passes", "0"], ["--workload", "single", "--num-seqs", "2"], ["--workload", "x"]])
 def test_arguments_that_cannot_be_honoured_are_refused(args, capsys):
     with pytest.raises(SystemExit):
-        bench.parse_args(args)
+        parse_args(args, None)
     assert "error:" in capsys.readouterr().err

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.lines import lines_by_file
+
 ROOT = Path(__file__).parent.parent
 NEEDS = {  # what is imported only where it is used
     "nanovllm.attention.flash": ["flash_attn", "triton"],
@@ -67,9 +69,6 @@ def test_importing_the_core_imports_no_extras_and_of_several_ranks_the_group_alo
 
 
 def test_the_readmes_reading_order_has_the_cores_files_and_their_lines():
-    sys.path.insert(0, str(ROOT / "tools"))
-    from lines import lines_by_file
-
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.split("### Where to begin reading")[1].split("###")[0]
     given = {file: int(num) for file, num in re.findall(r"`([\w/]+\.py)`\s(\d+)", section)}

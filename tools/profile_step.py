@@ -18,10 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench import SHAPES
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler import ScheduledChunk, Step
 from nanovllm.engine.sequence import Sequence
+from tools.shapes import SHAPES
 
 REPEATS = 20
 SHOWN = 12
