@@ -168,7 +168,7 @@ def positive(text: str) -> int:
     return number
 
 
-def main(argv: list[str] | None = None) -> None:
+def new_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="a folder that is not there yet")
@@ -185,6 +185,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--answer-column", default="answer", help="(default: %(default)s)")
     parser.add_argument("--llm-options", type=json.loads, default={}, help='more options of LLM: {"dtype": "float32"}')
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = new_parser()
     args = parser.parse_args(argv)
     if args.model == str(DEMO_MODEL) and not DEMO_MODEL.is_dir():
         raise SystemExit("the demo model is not there: run `make demo` once, or name a model with --model")

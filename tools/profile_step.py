@@ -8,6 +8,7 @@ Needs a GPU. Random weights; the rows' blocks lie scattered over the pool.
 import argparse
 import sys
 import tempfile
+from array import array
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +79,7 @@ def decode_step(runner: Any, num_rows: int, context: int) -> Step:
     step = Step()
     step.block_updates = [(row, i, next(blocks)) for row in range(1, num_rows + 1) for i in range(num_blocks)]
     for row in range(1, num_rows + 1):
-        seq = Sequence(row, [0], SamplingParams(temperature=0.6), seed=row, max_tokens=1, row=row)
+        seq = Sequence(row, array("i", [0]), SamplingParams(temperature=0.6), seed=row, max_tokens=1, row=row)
         step.admitted.append(seq)
         step.decodes.append(ScheduledChunk(seq, context - 1, 1, is_sampled=True))
     return step

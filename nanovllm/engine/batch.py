@@ -1,6 +1,7 @@
 """Batch and KVCache, which the model is handed, and the way of a step to them: its numbers are packed into arrays on the CPU,
 sent to the devices in one copy, and looked up in tables there."""
 
+from array import array
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +27,9 @@ INTS_PER_ROW, INTS_PER_BLOCK, INTS_PER_TOKEN = 40, 2, 16
 
 # Chunks are padded to a multiple of so many tokens where layers are compiled, which makes a variant for one token.
 TOKEN_MULTIPLE = 8
-TRASH = Sequence(0, [0] * TOKEN_MULTIPLE, SamplingParams(), seed=0, max_tokens=1)  # padding, in row 0 and block 0
+TRASH = Sequence(
+    0, array("i", [0] * TOKEN_MULTIPLE), SamplingParams(), seed=0, max_tokens=1
+)  # padding, in row 0 and block 0
 TRASH_ROW = ScheduledChunk(TRASH, 0, 1, is_sampled=False)
 
 

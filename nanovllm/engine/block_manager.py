@@ -5,17 +5,17 @@ may collide, and one request must never have another's KV: on a hit the token id
 block, which is named by a number that no other prefix ever had.
 """
 
-from array import array
 from collections import OrderedDict
+from dataclasses import dataclass
 from itertools import count
-from typing import NamedTuple
 
 from xxhash import xxh3_128_digest
 
 from nanovllm.engine.sequence import Sequence
 
 
-class CachedBlock(NamedTuple):
+@dataclass(slots=True)
+class CachedBlock:
     """A block in the prefix cache: what determines its KV, its hash, and the number of the prefix that ends with it."""
 
     parent_id: int  # number of the prefix before it; 0 is none
@@ -50,7 +50,7 @@ class BlockManager:
                 token_ids = self._token_ids(seq, i)
                 block = self.cached.get(self._hash(seq, i, token_ids), 0)
                 content = self.contents[block]
-                if content is None or content[:2] != (parent_id, token_ids):
+                if content is None or content.parent_id != parent_id or content.token_ids != token_ids:
                     break
                 blocks.append(block)
                 parent_id = content.prefix_id
@@ -88,7 +88,7 @@ class BlockManager:
             block_hash = self._hash(seq, i, token_ids)
             other = self.cached.get(block_hash, 0)
             content = self.contents[other]
-            if content is None or content[:2] != (parent_id, token_ids):
+            if content is None or content.parent_id != parent_id or content.token_ids != token_ids:
                 self._forget(other)  # whose hash collides, if there is one
                 block = seq.block_table[i]
                 content = CachedBlock(parent_id, token_ids, block_hash, next(self._next_prefix_id))
@@ -126,4 +126,4 @@ class BlockManager:
         return hashes[i]
 
     def _token_ids(self, seq: Sequence, i: int) -> bytes:
-        return array("i", seq.token_ids[i * self.block_size : (i + 1) * self.block_size]).tobytes()
+        return seq.token_ids[i * self.block_size : (i + 1) * self.block_size].tobytes()

@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Iterable, MutableSequence
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -30,7 +31,7 @@ class Sequence:
     """
 
     request_id: int
-    token_ids: MutableSequence[int]  # prompt and completion; an array of C's integers becomes NumPy's at once
+    token_ids: "array[int]"  # prompt and completion, int32; it becomes NumPy's at once
     params: SamplingParams
     seed: int
     max_tokens: int  # params.max_tokens, or less where max_model_len comes first
@@ -63,6 +64,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         p = self.params
+        self.token_ids = array("i", self.token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.stop_token_ids = frozenset(p.stop_token_ids or ())
         self.allowed_token_ids = np.array(p.allowed_token_ids) if p.allowed_token_ids else None

@@ -2,6 +2,7 @@
 captured as CUDA graphs, and kernels loaded."""
 
 import logging
+from array import array
 from dataclasses import replace
 from functools import partial
 
@@ -98,7 +99,7 @@ def choose_num_blocks(runner: ModelRunner, config: Config, memory: CudaMemory | 
 def run_largest_steps(runner: ModelRunner, config: Config) -> None:
     """Run the steps that take the most memory, on row 0 and block 0: longest prompts, then most sequences."""
     max_len, num_tokens = runner.max_len, config.max_num_batched_tokens
-    longest = Sequence(0, [0] * max_len, SamplingParams(), seed=0, max_tokens=1)
+    longest = Sequence(0, array("i", [0] * max_len), SamplingParams(), seed=0, max_tokens=1)
     lens = [max_len] * (num_tokens // max_len) + [num_tokens % max_len]
     chunks = [ScheduledChunk(longest, 0, n, is_sampled=True) for n in lens[: config.max_num_seqs] if n]
     rows = [ScheduledChunk(longest, max_len - 1, 1, is_sampled=True)] * min(config.max_num_seqs, num_tokens)
@@ -107,7 +108,7 @@ def run_largest_steps(runner: ModelRunner, config: Config) -> None:
     for step in Step(chunks=chunks), Step(decodes=rows):
         launched = runner.forward(runner.pack(step), step)
         for params in demands if runner.group.rank == 0 else ():  # the others do not sample
-            row = ScheduledChunk(Sequence(0, [0], params, seed=0, max_tokens=1), 0, 1, is_sampled=True)
+            row = ScheduledChunk(Sequence(0, array("i", [0]), params, seed=0, max_tokens=1), 0, 1, is_sampled=True)
             runner.sample(replace(launched, step=Step(decodes=[row] * len(launched.rows))))
         del launched  # its logits are not there while the next step runs
         runner.synchronize()
