@@ -129,9 +129,14 @@ class Config:
                 check_int("tensor_parallel_size on these GPUs", self.tensor_parallel_size, 1, torch.cuda.device_count())
 
     def device_of(self, local_rank: int) -> torch.device:
-        """The device of a rank, `local_rank` being its number on its machine."""
-        is_one_of_many = self.tensor_parallel_size > 1 and self.torch_device.type == "cuda"
-        return torch.device("cuda", local_rank) if is_one_of_many else self.torch_device
+        """The device of a rank, `local_rank` being its number on its machine. A GPU has its index: which one is the current
+        one may change later, and differs between threads."""
+        device = self.torch_device
+        if device.type == "cuda" and self.tensor_parallel_size > 1:
+            return torch.device("cuda", local_rank)
+        if device.type == "cuda" and device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        return device
 
     @property
     def torch_device(self) -> torch.device:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm.chat import check_template_options, render
 from nanovllm.checks import check_list, check_type
 from nanovllm.config import Config, check_token_ids
-from nanovllm.engine.llm_engine import LLMEngine, no_full_collections
+from nanovllm.engine.llm_engine import LLMEngine, NoFullCollections
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models.loader import read_model, resolve_model
 from nanovllm.outputs import CompletionOutput, Increment, RequestMetrics, RequestOutput
@@ -35,8 +35,8 @@ Conversations = Seq[Mapping[str, Any]] | Seq[Seq[Mapping[str, Any]]]
 class LLM:
     """A model that completes batches of prompts.
 
-    One call runs at a time: another thread's waits for its turn. Between the increments of an open stream, and the `step`s of
-    `add_request`, any call may run; the requests of all go on meanwhile, and each caller gets its own.
+    One call runs at a time: a call from another thread waits for its turn. While a stream is open, or requests of `add_request`
+    are unfinished, any call may run. Every step advances all requests, and each caller gets its own.
 
     Args:
         model: a folder with safetensors, or the id of a Hub repository.
@@ -62,14 +62,14 @@ class LLM:
         self.engine = LLMEngine(self.config, model_config, tensors)
         self._ids = count()
         self._added: set[int] = set()  # requests of `add_request` that `step` has not returned
-        self._ended: dict[Sequence, None] = {}  # those of their sequences that have ended
+        self._ended_added: dict[Sequence, None] = {}  # those of their sequences that have ended
         self._random = random.Random(self.config.seed)
         eos_token_ids = check_token_ids("the tokenizer's eos_token_id", getattr(self._tokenizer, "eos_token_id", None))
         eos_token_ids |= self.engine.model_config.eos_token_ids
         vocab_size = self.engine.model_config.vocab_size
         self._eos_token_ids = frozenset(token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size)
 
-    @no_full_collections()
+    @NoFullCollections()
     def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
         """Complete the prompts; results in their order.
 
@@ -82,10 +82,10 @@ class LLM:
 
         Raises:
             TypeError, ValueError: before anything runs, naming the prompt that cannot be run.
-            BaseException: whatever happens in the middle, Ctrl-C included, with `outputs` on it: a list in the
-                prompts' order of what had finished, None for the rest. Where a step was interrupted, nothing that is
-                unfinished goes on, of `add_request` and `stream` neither, and nothing is cached. The LLM can be used
-                again, unless it has several ranks and one of them failed.
+            BaseException: whatever happens in the middle, Ctrl-C included. It has `outputs`: a list in the prompts' order of
+                what had finished, None for the rest. If a step was interrupted, all unfinished requests are dropped, those of
+                `add_request` and `stream` too, and the prefix cache is empty. The LLM can be used again, unless it has
+                several ranks and one of them failed.
         """
         with self._turn:
             requests = {request[0].request_id: request for request in self._make_requests(prompts, sampling_params)}
@@ -116,7 +116,7 @@ class LLM:
             try:
                 collect(requests)
             finally:
-                self.engine.scheduler.abort(requests)
+                self.engine.abort(requests)
                 error.outputs = [outputs.get(request_id) for request_id in requests]  # type: ignore[attr-defined]
             raise
         return [outputs[request_id] for request_id in requests]
@@ -133,8 +133,8 @@ class LLM:
                 vLLM's `chat_template_kwargs` is taken too; of these, as in vLLM, the template may know none.
 
         Raises:
-            TypeError, ValueError: as `generate`; no chat template, or one that refuses the conversation; an option that neither
-                knows.
+            TypeError, ValueError: as `generate`; no chat template, or one that refuses the conversation; an option known to
+                neither.
         """
         with self._turn:
             check_list("messages", messages, check_type, Seq | Mapping)
@@ -166,7 +166,7 @@ class LLM:
                 num_steps = self.engine.num_steps
             while num_given:
                 with self._turn:
-                    others_ran = self.engine.num_steps != num_steps
+                    others_ran = self.engine.num_steps != num_steps  # and may have taken what ended of this stream
                     changed = self._changed(num_given if others_ran else ())
                     num_steps = self.engine.num_steps
                     increments = []
@@ -182,7 +182,7 @@ class LLM:
                 yield from increments
         finally:
             with self._turn:
-                self.engine.scheduler.abort(request[0].request_id for request in requests)
+                self.engine.abort([request[0].request_id for request in requests])
 
     def _changed(self, missed: Iterable[Sequence]) -> set[Sequence]:
         """Take a turn of the engine; the sequences that it has changed, and the `missed` ones, which others' turns may have."""
@@ -219,24 +219,23 @@ class LLM:
                 self._take_lost()
                 raise
             self._take_ended()
-            outputs = [(seq.request_id, seq.completion_token_ids) for seq in self._ended]
-            self._added -= {seq.request_id for seq in self._ended} - self.engine.scheduler.requests.keys()
-            self._ended.clear()
+            outputs = [(seq.request_id, seq.completion_token_ids) for seq in self._ended_added]
+            self._added -= {seq.request_id for seq in self._ended_added} - self.engine.scheduler.requests.keys()
+            self._ended_added.clear()
             return outputs, step.num_prefill_tokens or -step.num_decode_tokens
 
     def is_finished(self) -> bool:
         """Whether `step()` has nothing more to give."""
         with self._turn:
-            has_ended = self._ended or any(seq.request_id in self._added for seq in self.engine.ended)
+            has_ended = self._ended_added or any(seq.request_id in self._added for seq in self.engine.ended)
             return not (self.engine.scheduler.has_unfinished or has_ended)
 
     def abort(self, request_id: int) -> None:
         """Drop a request: `step()` will not return it. One that is finished or unknown is passed over."""
         with self._turn:
             self._added.discard(request_id)
-            self.engine.scheduler.abort([request_id])
-            for seq in [seq for seq in self._ended if seq.request_id == request_id]:
-                del self._ended[seq]
+            self.engine.abort([request_id])
+            self._ended_added = {seq: None for seq in self._ended_added if seq.request_id != request_id}
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends."""
@@ -298,7 +297,7 @@ class LLM:
             if id(params) not in checked:  # one object may serve all prompts
                 check_params(name, params, vocab_size, self._eos_token_ids)
                 checked.add(id(params))
-            others = params if params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
+            others = replace(params, prompt_logprobs=None) if params.n > 1 else params
             seed = self._random.getrandbits(63) if params.seed in (None, -1) else params.seed
             request_id = next(self._ids)
             if params.stop:
@@ -331,16 +330,15 @@ class LLM:
     def _take_ended(self) -> list[Sequence]:
         """The sequences that have ended since it was asked last. Those of `add_request` are kept for `step`, too."""
         ended = list(self.engine.ended)
-        self._ended.update((seq, None) for seq in ended if seq.request_id in self._added)
+        self._ended_added.update((seq, None) for seq in ended if seq.request_id in self._added)
         self.engine.ended.clear()
         return ended
 
     def _take_lost(self) -> list[int]:
         """Forget the added requests that an error has dropped; their ids."""
         self._take_ended()
-        lost = {seq.request_id for seq in self._ended if not seq.is_finished}
-        for seq in [seq for seq in self._ended if not seq.is_finished]:
-            del self._ended[seq]
+        lost = {seq.request_id for seq in self._ended_added if not seq.is_finished}
+        self._ended_added = {seq: None for seq in self._ended_added if seq.is_finished}
         self._added -= lost
         return sorted(lost)
 

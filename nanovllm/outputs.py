@@ -14,7 +14,7 @@ LogprobRow = tuple[float, int, list[float], list[int]]
 class Logprob(NamedTuple):
     """One candidate at one position: its log-probability, its rank (1 is the most likely) and its text.
 
-    A token that is not among the most likely ones that were asked for has the number of tokens at least as likely as it.
+    Of a token outside of the most likely ones that were asked for, `rank` is the number of tokens at least as likely.
     `decoded_token` is what the token adds to the text before it: nothing if it ends within a character, the character if it
     completes one. So those of the tokens drawn join to the text, and have the special tokens that are left out there. None
     without detokenization.

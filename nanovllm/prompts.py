@@ -25,7 +25,7 @@ class Request(NamedTuple):
 
 
 def parse_requests(prompts: Prompts, params: Params) -> list[Request]:
-    """The requests of one call, in order; TypeError or ValueError name the prompt that is none."""
+    """The requests of one call, in order; TypeError or ValueError name an invalid prompt."""
     if not isinstance(prompts, Seq | dict) or isinstance(prompts, bytes | bytearray):
         raise TypeError(f"prompts must be text, token ids, a dict or a list of these, got {type(prompts).__name__}")
     is_one = isinstance(prompts, str | dict) or isinstance(next(iter(prompts), None), Integral)

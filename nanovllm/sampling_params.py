@@ -37,8 +37,8 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 or -1 keeps all.
         top_p: keep the smallest set of most likely tokens whose probability reaches this, in (0, 1].
         min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
-        seed: the noise depends only on this, position and token id, whatever else is in the batch: the same tokens where the logits are the
-            same, whose last bits may depend on the batch in bfloat16; None or -1 takes a fresh one.
+        seed: the noise depends only on seed, position and token id, and not on the batch. In bfloat16 the last bits of the
+            logits may depend on the batch. None or -1 takes a fresh one.
         min_tokens: nothing stops a completion before it has so many tokens.
         stop_token_ids: a completion ends with the first of these that is drawn.
         logprobs: report for every token the log-softmax of the raw logits, of the drawn token and of so many of
@@ -50,9 +50,8 @@ class SamplingParams:
         frequency_penalty: the same for each time that the token is there, in [-2, 2].
         logit_bias: {token id: what is added to its logit, in [-100, 100]}.
         allowed_token_ids: no other token is drawn.
-        stop: a text or several: a completion ends where one of them appears first, in whole characters, and is cut before
-            it.
-        include_stop_str_in_output: it is cut after it.
+        stop: a text or several: a completion ends where the first of them appears, and is cut before it.
+        include_stop_str_in_output: keep that text.
         prompt_logprobs: as `logprobs`, for the tokens of the prompt but the first.
         detokenize: give text; False leaves it empty, and needs no tokenizer.
         skip_special_tokens: leave special tokens out of the text.

@@ -57,7 +57,7 @@ class FakeDevice:
             seq = chunk.seq
             drawn.append(next_token(context))
             if not seq.is_finished:
-                assert context == seq.token_ids, "the history is known, and the KV is this sequence's"
+                assert context == list(seq.token_ids), "the history is known, and the KV is this sequence's"
                 self.last_token[seq.row] = drawn[-1]
         return drawn
 
@@ -70,9 +70,9 @@ def check_invariants(scheduler):
     rows = [seq.row for seq in scheduler.running]
     assert sorted(rows + scheduler.free_rows) == list(range(1, scheduler.max_num_seqs + 1))
     assert all(seq.row == 0 and not seq.block_table for seq in scheduler.waiting)
-    cached = {block for block, content in enumerate(manager.contents) if content is not None}
-    assert cached == set(manager.cached.values())
-    assert all(manager.contents[block].hash == key for key, block in manager.cached.items())
+    cached = [(block, content) for block, content in enumerate(manager.contents) if content is not None]
+    assert all(content.block == block for block, content in cached)
+    assert manager.cached == {content.hash: content for _, content in cached}
 
 
 def run(sequences, scheduler, overlapped, aborts=()):

@@ -1,5 +1,5 @@
-"""Batch and KVCache, which the model is handed, and the way of a step to them: its numbers are packed into arrays on the CPU,
-sent to the devices in one copy, and looked up in tables there."""
+"""Batch and KVCache, which the model is handed, and how a step becomes a Batch: it is packed into int32 arrays on the CPU, sent
+to the device in one copy, and completed there from what the tables know."""
 
 from array import array
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 INT = NDArray[np.int32]
 
-# The most that a step may say, in integers: of a row with its part of the work list, of a new entry of a block table, and of a
-# token of a chunk with its part of the work list, where each is scored by itself.
-INTS_PER_ROW, INTS_PER_BLOCK, INTS_PER_TOKEN = 40, 2, 16
+# The most int32s that a step uploads: for a decode row with its part of the work list, for a new entry of a block table, for a
+# token of a chunk with its part of the work list, and for what does not grow with these.
+INTS_PER_ROW, INTS_PER_BLOCK, INTS_PER_TOKEN, INTS_PER_STEP = 40, 2, 16, 65536
 
 # Chunks are padded to a multiple of so many tokens where layers are compiled, which makes a variant for one token.
 TOKEN_MULTIPLE = 8
@@ -75,14 +75,14 @@ class PackedBatch(NamedTuple):
     positions: Any  # [T]
     input_ids: Any  # [T]; none of decode rows, which the device has
     work_list: list[Any]
-    last_tokens: Any  # places of the tokens whose logits are needed: [C], or a slice of decode rows
+    logits_indices: Any  # places of the tokens whose logits are needed: [C], or a slice of decode rows
 
 
 class PackedStep(NamedTuple):
     """What a rank must know of a step. Int32 arrays, which `DeviceTables.upload` replaces by tensors."""
 
     batches: list[PackedBatch]  # decode rows, then chunks, if there are any
-    table_places: Any  # [E], new entries of the block tables
+    table_indices: Any  # [E], new entries of the block tables
     table_blocks: Any  # [E]
     new_rows: Any  # [R], rows of the sequences that are new to the device
     new_sampling: Any  # [R, 6], their sampling parameters: see `pack_sampling`
@@ -112,7 +112,7 @@ def pack_batch(chunks: list[ScheduledChunk], backend: "AttentionBackend", is_dec
         positions=int32(np.arange(len(token_rows)) + np.repeat(context_lens - ends, query_lens)),
         input_ids=int32(input_ids),
         work_list=backend.plan(is_decode, query_lens, context_lens),
-        last_tokens=int32(ends[[chunk.is_sampled for chunk in chunks]] - 1),
+        logits_indices=int32(ends[[chunk.is_sampled for chunk in chunks]] - 1),
     )
 
 
@@ -122,14 +122,14 @@ class DeviceTables:
     def __init__(self, config: Config, max_len: int, block_size: int, device: torch.device):
         num_rows, blocks_per_row = config.max_num_seqs + 1, -(-max_len // block_size)
         capacity = num_rows * (INTS_PER_ROW + INTS_PER_BLOCK * blocks_per_row)
-        capacity += config.max_num_batched_tokens * INTS_PER_TOKEN + 65536
+        capacity += config.max_num_batched_tokens * INTS_PER_TOKEN + INTS_PER_STEP
         zeros = partial(torch.zeros, dtype=torch.int32, device=device)
         self.block_size = block_size
         self.blocks_per_row = blocks_per_row
         self.block_tables = zeros(num_rows, blocks_per_row)
         self.last_token = zeros(num_rows)  # the last token sampled for the row
         self.sampling = zeros(num_rows, 6)  # see `pack_sampling`
-        self.arrived = zeros(capacity)
+        self.upload_buffer = zeros(capacity)
 
     def upload(self, packed: Any) -> Any:
         """Send the arrays of a PackedStep or PackedBatch in one copy, which nobody waits for; returns the same with tensors,
@@ -137,30 +137,32 @@ class DeviceTables:
 
         Arrays of the same sizes arrive at the same addresses, which is what a CUDA graph reads.
         """
-        # PyTorch gives pinned memory out again when what was sent from it is there.
-        host = torch.empty(len(self.arrived), dtype=torch.int32, device="cpu", pin_memory=self.arrived.is_cuda)
+        # PyTorch gives pinned memory out again only when the copy from it is done.
+        host = torch.empty(
+            len(self.upload_buffer), dtype=torch.int32, device="cpu", pin_memory=self.upload_buffer.is_cuda
+        )
         buffer = host.numpy()
         end = 0
 
-        def place(value: Any) -> Any:
+        def copy_in(value: Any) -> Any:
             nonlocal end
             if isinstance(value, np.ndarray):
                 start = -(-end // 4) * 4  # 16 bytes: kernels are compiled for aligned pointers
                 end = start + value.size
                 buffer[start:end] = value.reshape(-1)
-                return self.arrived[start:end].view(value.shape)
+                return self.upload_buffer[start:end].view(value.shape)
             if isinstance(value, PackedStep | PackedBatch):
-                return type(value)(*map(place, value))
-            return [place(entry) for entry in value] if isinstance(value, list) else value
+                return type(value)(*map(copy_in, value))
+            return [copy_in(entry) for entry in value] if isinstance(value, list) else value
 
-        sent = place(packed)
-        self.arrived[:end].copy_(host[:end], non_blocking=True)
+        sent = copy_in(packed)
+        self.upload_buffer[:end].copy_(host[:end], non_blocking=True)
         return sent
 
     def update(self, sent: PackedStep) -> None:
         """Learn what is new in an uploaded step."""
-        if len(sent.table_places):
-            self.block_tables.view(-1)[sent.table_places] = sent.table_blocks
+        if len(sent.table_indices):
+            self.block_tables.view(-1)[sent.table_indices] = sent.table_blocks
         if len(sent.new_rows):
             self.sampling[sent.new_rows] = sent.new_sampling
 

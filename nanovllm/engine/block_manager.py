@@ -1,8 +1,8 @@
 """BlockManager: owns the paged KV blocks: who holds them, which are free, and which prefixes they cache.
 
-A full block is found by its hash, the xxh3 of 128 bits of the hash of the block before it and of its own token ids. A hash
-may collide, and one request must never have another's KV: on a hit the token ids are compared, and the prefix before the
-block, which is named by a number that no other prefix ever had.
+The key of a full block is the 128-bit xxh3 of the key of the block before it and of its own token ids. Hashes may collide, and
+one request must never have another's KV: on a hit the token ids are compared, and the prefix before the block. Each prefix has
+a number of its own, which is never used again.
 """
 
 from collections import OrderedDict
@@ -16,11 +16,12 @@ from nanovllm.engine.sequence import Sequence
 
 @dataclass(slots=True)
 class CachedBlock:
-    """A block in the prefix cache: what determines its KV, its hash, and the number of the prefix that ends with it."""
+    """A block in the prefix cache, what determines its KV, and the number of the prefix that ends with it."""
 
-    parent_id: int  # number of the prefix before it; 0 is none
-    token_ids: bytes  # int32
+    block: int
     hash: bytes
+    token_ids: bytes  # int32
+    parent_prefix_id: int  # of the prefix before it; 0 is none
     prefix_id: int
 
 
@@ -37,23 +38,21 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
         self.ref_counts = [0] * num_blocks
-        self.cached: dict[bytes, int] = {}  # blocks by their hashes
-        self.contents: list[CachedBlock | None] = [None] * num_blocks
+        self.cached: dict[bytes, CachedBlock] = {}  # by their hashes
+        self.contents: list[CachedBlock | None] = [None] * num_blocks  # by their blocks
         self._next_prefix_id = count(1)
 
     def match(self, seq: Sequence) -> list[int]:
         """The cached blocks that `seq` begins with. Its last token is left out: it must be computed for its logits."""
         blocks: list[int] = []
         if self.enable_prefix_caching and not seq.awaits_prompt_logprobs:
-            parent_id = 0
+            parent_prefix_id = 0
             for i in range((len(seq.token_ids) - 1) // self.block_size):
-                token_ids = self._token_ids(seq, i)
-                block = self.cached.get(self._hash(seq, i, token_ids), 0)
-                content = self.contents[block]
-                if content is None or content.parent_id != parent_id or content.token_ids != token_ids:
+                found = self._find(seq, i, parent_prefix_id)
+                if found is None:
                     break
-                blocks.append(block)
-                parent_id = content.prefix_id
+                blocks.append(found.block)
+                parent_prefix_id = found.prefix_id
         return blocks
 
     def share(self, seq: Sequence, blocks: list[int]) -> None:
@@ -83,18 +82,17 @@ class BlockManager:
             return
         num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
         for i in range(len(seq.prefix_ids), num_full):
-            parent_id = seq.prefix_ids[-1] if seq.prefix_ids else 0
-            token_ids = self._token_ids(seq, i)
-            block_hash = self._hash(seq, i, token_ids)
-            other = self.cached.get(block_hash, 0)
-            content = self.contents[other]
-            if content is None or content.parent_id != parent_id or content.token_ids != token_ids:
-                self._forget(other)  # whose hash collides, if there is one
-                block = seq.block_table[i]
-                content = CachedBlock(parent_id, token_ids, block_hash, next(self._next_prefix_id))
-                self.cached[block_hash] = block
-                self.contents[block] = content
-            seq.prefix_ids.append(content.prefix_id)
+            parent_prefix_id = seq.prefix_ids[-1] if seq.prefix_ids else 0
+            found = self._find(seq, i, parent_prefix_id)
+            if found is None:
+                block, block_hash = seq.block_table[i], seq.block_hashes[i]
+                if block_hash in self.cached:  # another block's, which collides
+                    self._forget(self.cached[block_hash].block)
+                found = CachedBlock(
+                    block, block_hash, self._token_ids(seq, i), parent_prefix_id, next(self._next_prefix_id)
+                )
+                self.cached[block_hash] = self.contents[block] = found
+            seq.prefix_ids.append(found.prefix_id)
 
     def release(self, seq: Sequence) -> None:
         """Take the blocks of `seq` back, its last one first, so that the ends of prefixes are evicted first."""
@@ -118,12 +116,15 @@ class BlockManager:
             del self.cached[content.hash]
             self.contents[block] = None
 
-    def _hash(self, seq: Sequence, i: int, token_ids: bytes) -> bytes:
-        """The hash of block `i`, whose predecessors are hashed; it is computed once in the life of a sequence."""
-        hashes = seq.block_hashes
-        if i == len(hashes):
+    def _find(self, seq: Sequence, i: int, parent_prefix_id: int) -> CachedBlock | None:
+        """The cached block that has the KV of block `i` of `seq`, whose predecessors are hashed."""
+        token_ids, hashes = self._token_ids(seq, i), seq.block_hashes
+        if i == len(hashes):  # computed once in the life of a sequence
             hashes.append(xxh3_128_digest(hashes[-1] + token_ids if hashes else token_ids))
-        return hashes[i]
+        found = self.cached.get(hashes[i])
+        if found is None or found.parent_prefix_id != parent_prefix_id or found.token_ids != token_ids:
+            return None
+        return found
 
     def _token_ids(self, seq: Sequence, i: int) -> bytes:
         return seq.token_ids[i * self.block_size : (i + 1) * self.block_size].tobytes()

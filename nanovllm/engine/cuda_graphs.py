@@ -10,10 +10,8 @@ from torch import Tensor
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Numbers of rows to capture, ascending, 8 apart and from 64 on at most an eighth.
-
-    There is none of one row: torch.compile would make a variant of every layer for it.
-    """
+    """Numbers of rows to capture, ascending: 8 apart, and above 64 by at most an eighth. One row runs as two: torch.compile
+    would make a variant of every layer for one."""
     sizes = [2, 4, 8]
     while sizes[-1] < max_num_seqs:
         sizes.append(sizes[-1] + max(8, 2 ** (sizes[-1].bit_length() - 4)))
@@ -45,9 +43,6 @@ class DecodeGraphs:
             self.close()
             raise
 
-    def __bool__(self) -> bool:
-        return bool(self.graphs)
-
     def size_for(self, num_rows: int) -> int:
         """What so many rows are padded to; none stay none."""
         return self.sizes[bisect_left(self.sizes, num_rows)] if self.sizes and num_rows else num_rows
@@ -65,21 +60,23 @@ class DecodeGraphs:
 
 @cache
 def _capture_stream(device_index: int) -> torch.cuda.Stream:
-    """torch's own is of the device on which a process captures first, and serves all."""
+    """torch's own capture stream belongs to the device on which a process captures first, and all devices share it."""
     return torch.cuda.Stream(device_index)
 
 
 def graph_bytes(start: Callable[[int], Callable[[], Tensor]], sizes: list[int], device: torch.device) -> int:
     """What graphs of `sizes` will take, by capturing what `start` returns for three: the largest's memory, which all share, and
     a fixed cost for each of the others."""
-    graphs = DecodeGraphs()
-    free = []
-    for size in [None, *reversed(sizes[-3:])]:
-        if size is not None:
-            graphs.capture(size, start(size))
+
+    def free_bytes() -> int:
         torch.cuda.empty_cache()
-        free.append(torch.cuda.mem_get_info(device)[0])
+        return torch.cuda.mem_get_info(device)[0]
+
+    graphs, free = DecodeGraphs(), [free_bytes()]
+    for size in reversed(sizes[-3:]):
+        graphs.capture(size, start(size))
+        free.append(free_bytes())
     del graphs
     torch.cuda.empty_cache()
     largest, others = free[0] - free[1], free[1] - free[-1]
-    return largest + max(0, others) * len(sizes) // 2
+    return largest + max(0, others) * (len(sizes) - 1) // 2

@@ -12,10 +12,11 @@ import ctypes
 import gc
 import os
 import pickle
+import threading
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ContextDecorator, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +52,8 @@ class LLMEngine:
             self.workers = start_workers(config)
         self.runner: ModelRunner | None = None
         try:
-            with _on(config.device_of(0)), no_full_collections():
-                group = self.workers.begin(config) if self.workers else Group(config.torch_device)
+            with _on_device(config.device_of(0)), NoFullCollections():
+                group = self.workers.begin(config) if self.workers else Group(config.device_of(0))
                 with self.workers.all_ranks() if self.workers else nullcontext():
                     self.runner = start_runner(config, self.model_config, tensors, group)
         except BaseException:
@@ -62,9 +63,11 @@ class LLMEngine:
         gc.collect()  # or it would happen in the middle of the first call, and take 0.3 s of it
         self.in_flight: StepInFlight | None = None
         self.is_stepping = False
+        self.to_abort: list[int] = []  # at the end of the step
         self.why_closed = "this LLM is closed"
         self.num_steps = 0
-        # The sequences that have ended, in order: finished, or unfinished where an exception has dropped them.
+        # The sequences that have ended, in order: finished, or unfinished where an exception has dropped them. The schedulers put
+        # them there, one after the other; LLM takes them out.
         self.ended: dict[Sequence, None] = {}
         self.scheduler = self._new_scheduler()
         atexit.register(self.close)
@@ -88,7 +91,7 @@ class LLMEngine:
         self.is_stepping = True
         self.num_steps += 1
         try:
-            with _on(runner.device):
+            with _on_device(runner.device):
                 step = self.scheduler.schedule()
                 launched = self.forward(step) if step else None
                 committed = self._commit()
@@ -106,6 +109,16 @@ class LLMEngine:
             raise
         finally:
             self.is_stepping = False
+            self.abort(self.to_abort)
+            self.to_abort.clear()
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """Drop requests that are unfinished. What is dropped in the middle of a step, by a logits processor or by the garbage
+        collector that ends a stream, is dropped at its end."""
+        if self.is_stepping:
+            self.to_abort += request_ids
+        else:
+            self.scheduler.abort(request_ids)
 
     def forward(self, step: Step) -> StepInFlight:
         """Launch a step up to its logits on every rank; return at once."""
@@ -200,9 +213,9 @@ def _leave_to_parent(engine: "weakref.ref[LLMEngine]") -> None:
 
 
 @contextmanager
-def _on(device: torch.device) -> Iterator[None]:
-    """Kernels, graphs and events are made on the current device: that it is the engine's own. The caller's autocast, which
-    would change the model's data type, stays outside."""
+def _on_device(device: torch.device) -> Iterator[None]:
+    """Make the engine's device the current one, on which kernels, graphs and events are made. Turn the caller's autocast off,
+    which would change the model's data type."""
     is_cast = torch.is_autocast_enabled(device.type)
     with (
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
@@ -211,13 +224,25 @@ def _on(device: torch.device) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def no_full_collections() -> Iterator[None]:
-    """Meanwhile the garbage collector looks at new objects only. Where millions are made that stay, as in compilers and
-    of log-probabilities, it goes through all of them again and again, 0.1 to 0.3 s each time."""
-    thresholds = gc.get_threshold()
-    gc.set_threshold(*thresholds[:2], 10**9)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
+class NoFullCollections(ContextDecorator):
+    """Meanwhile the garbage collector looks at new objects only, in all threads. Where millions of objects stay, as in compilers
+    and of log-probabilities, a full collection takes 0.1 to 0.3 s."""
+
+    lock = threading.Lock()
+    num_entered = 0
+    thresholds = (0, 0, 0)  # before the first one entered
+
+    def __enter__(self) -> None:
+        cls = NoFullCollections
+        with cls.lock:
+            if cls.num_entered == 0:
+                cls.thresholds = gc.get_threshold()
+                gc.set_threshold(*cls.thresholds[:2], 10**9)
+            cls.num_entered += 1
+
+    def __exit__(self, *_: object) -> None:
+        cls = NoFullCollections
+        with cls.lock:
+            cls.num_entered -= 1
+            if cls.num_entered == 0:
+                gc.set_threshold(*cls.thresholds)

@@ -1,6 +1,6 @@
 """ModelRunner: owns the device: weights, KV cache, the rows' tables. It launches steps and never waits for them.
 
-Nothing between planning a step and launching it synchronises; the only wait is `StepInFlight.wait`.
+On a GPU nothing between planning a step and launching it synchronises; the only wait is `StepInFlight.wait`.
 """
 
 from collections.abc import Callable, Iterable
@@ -116,7 +116,7 @@ class ModelRunner:
             num_padding = self.graphs.size_for(len(decodes)) - len(decodes)
             batch = pack_batch(decodes + [TRASH_ROW] * num_padding, self.backend, is_decode=True)
             # Where no chunks follow, padding has logits too: to leave it out would cost a copy.
-            batches.append(batch._replace(last_tokens=slice(len(decodes) if chunks else None)))
+            batches.append(batch._replace(logits_indices=slice(len(decodes) if chunks else None)))
         if chunks:
             num_padding = -step.num_prefill_tokens % TOKEN_MULTIPLE if self.model.is_compiled else 0
             trash = [ScheduledChunk(TRASH, 0, num_padding, is_sampled=False)] if num_padding else []
@@ -125,7 +125,7 @@ class ModelRunner:
         vocab_size = self.model_config.vocab_size
         return PackedStep(
             batches=batches,
-            table_places=rows * self.tables.blocks_per_row + indices,
+            table_indices=rows * self.tables.blocks_per_row + indices,
             table_blocks=blocks,
             new_rows=int32([seq.row for seq in step.admitted]),
             new_sampling=int32([pack_sampling(seq.params, seq.seed, vocab_size) for seq in step.admitted]),
@@ -137,11 +137,11 @@ class ModelRunner:
 
     def _scored_slices(self, chunks: list[ScheduledChunk]) -> list[tuple[int, int, int]]:
         slices = []
-        for end, chunk in zip(accumulate(chunk.num_tokens for chunk in chunks), chunks, strict=True):
+        for batch_end, chunk in zip(accumulate(chunk.num_tokens for chunk in chunks), chunks, strict=True):
             num_top = self._num_top([chunk.seq.params.prompt_logprobs])
-            first_row = end - chunk.end - 1  # plus i: the hidden state of the token before token i
             for i in chunk.scored[:: self.head_rows]:
-                slices.append((first_row + i, min(self.head_rows, chunk.scored.stop - i), num_top))
+                row = batch_end - chunk.end + i - 1  # the hidden state of the token before token i
+                slices.append((row, min(self.head_rows, chunk.scored.stop - i), num_top))
         return slices
 
     @torch.inference_mode()
@@ -151,11 +151,13 @@ class ModelRunner:
         self.tables.update(sent)
         self.group.broadcast(self.tables.last_token)  # rank 0 has drawn them
         hidden = [
-            self.graphs.replay(len(batch.rows)) if batch.is_decode and self.graphs else self._compute(batch, sent_batch)
+            self.graphs.replay(len(batch.rows))
+            if batch.is_decode and self.graphs.sizes
+            else self._compute(batch, sent_batch)
             for batch, sent_batch in zip(packed.batches, sent.batches, strict=True)
         ]
         prompt_logprobs = self._score_prompts(packed.scored_slices, sent.scored_ids, hidden[-1])
-        last = [h[batch.last_tokens] for h, batch in zip(hidden, sent.batches, strict=True)]
+        last = [h[batch.logits_indices] for h, batch in zip(hidden, sent.batches, strict=True)]
         logits = self._logits(last[0] if len(last) == 1 else torch.cat(last))
         rows, positions = sent.sampled_rows, sent.sampled_positions
         none = torch.empty(0, dtype=torch.int32)
@@ -187,7 +189,7 @@ class ModelRunner:
 
         A sequence that has finished is still sampled; commit ignores its token.
         """
-        raw_logits, launched.logits = launched.logits, None  # their memory is free for the next step
+        raw_logits, launched.logits = launched.logits, None  # frees their memory for the next step
         sequences = [chunk.seq for chunk in launched.step.sampled]
         if sequences and raw_logits is not None:
             demanding = [(i, seq) for i, seq in enumerate(sequences) if seq.needs_extras]
@@ -225,7 +227,7 @@ class ModelRunner:
         return max(self.model_config.vocab_size if n == -1 else n or 0 for n in numbers)
 
     def _to_device(self, values: ArrayLike) -> Tensor:
-        """Send without waiting. PyTorch gives pinned memory out again when what was sent from it is there."""
+        """Send without waiting. PyTorch gives pinned memory out again only when the copy from it is done."""
         array = np.asarray(values)
         tensor = torch.empty_like(torch.from_numpy(array), pin_memory=self.device.type == "cuda")
         tensor.numpy()[...] = array  # by this thread alone, where PyTorch would wake others

@@ -131,7 +131,7 @@ class Scheduler:
             if seq.is_finished:
                 continue
             seq.append(token_id, row, now)
-            if token_id is None:  # what stands for it is not what the next step has read: its block is not cached
+            if token_id is None:  # the next step has read token 0, and not what stands for it: its block is not cached
                 not_drawn.add(seq.request_id)
             elif seq.is_running and seq.num_computed_tokens >= (len(seq.prefix_ids) + 1) * block_size:
                 self.block_manager.register(seq)
@@ -146,9 +146,9 @@ class Scheduler:
         for seq in self.running[:]:
             if not budget or not seq.is_running:  # it was preempted for an older one, as are all that follow
                 break
-            num_tokens = min(len(seq.token_ids) + seq.num_pending - seq.num_computed_tokens, budget)
-            if num_tokens == 0 or (seq.num_pending and seq.reaches_length):
+            if seq.reaches_length:
                 continue
+            num_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
             end = seq.num_computed_tokens + num_tokens
             if end > len(seq.block_table) * block_size and not self._extend(step, seq, end):
                 break
@@ -207,11 +207,10 @@ class Scheduler:
         chunk = ScheduledChunk(seq, start, num_tokens, is_sampled)
         if start < seq.num_prefill_tokens:
             if seq.awaits_prompt_logprobs:
-                first = max(
-                    start + 1, len(seq.prompt_logprobs)
-                )  # what was scored before a preemption is not scored again
+                first = max(start + 1, len(seq.prompt_logprobs))  # not again what was scored before a preemption
                 chunk.scored = range(first, min(chunk.end + 1, seq.num_prompt_tokens))
             step.chunks.append(chunk)
+            # A later sequence of this step may share these blocks: a layer stores the KV of all before any attends.
             self.block_manager.register(seq)
         else:
             step.decodes.append(chunk)

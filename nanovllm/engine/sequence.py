@@ -23,10 +23,9 @@ class Sequence:
 
     There is no prefill state and no decode state: `num_computed_tokens` has to catch up with the length.
 
-    `num_pending` counts tokens that are planned or sampled but not yet known on the CPU: at most one, and for a
-    moment two, between planning a step and committing the one before it.
-    `num_prefill_tokens` is the number of tokens known when the sequence was admitted, all of which the CPU sends;
-    every later one is read on the device, where it was sampled. `row` is its place in the device's tables while
+    `num_pending` counts tokens that are planned or sampled and not yet committed: at most one, and two between planning a step
+    and committing the one before it. `num_prefill_tokens` counts the tokens that were known when the sequence was admitted. The
+    CPU sends those; later ones are read on the device, where they were sampled. `row` is its place in the device's tables while
     it runs, and 0 while it waits.
     """
 

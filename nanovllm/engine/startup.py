@@ -109,6 +109,7 @@ def run_largest_steps(runner: ModelRunner, config: Config) -> None:
         launched = runner.forward(runner.pack(step), step)
         for params in demands if runner.group.rank == 0 else ():  # the others do not sample
             row = ScheduledChunk(Sequence(0, array("i", [0]), params, seed=0, max_tokens=1), 0, 1, is_sampled=True)
+            # a copy, as sampling takes the logits away
             runner.sample(replace(launched, step=Step(decodes=[row] * len(launched.rows))))
         del launched  # its logits are not there while the next step runs
         runner.synchronize()

@@ -1,7 +1,7 @@
 """min-p, top-k and top-p as one threshold for each row of logits. The twin is `truncation.least_kept_by_sorting`.
 
 The threshold is such that the tokens at or above it reach a count, or a mass. It is searched on the floats' bits, whose
-order as integers is the floats', three pivots to a pass over the row, one program to a row: no sort, and nothing that
+order as integers is the floats', four pivots to a pass over the row, one program to a row: no sort, and nothing that
 depends on the order in which threads come.
 """
 

@@ -104,7 +104,7 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.requires_grad_(False)
         self.group, self.vocab_size = group, config.vocab_size
-        self.run_layer = self.layer_class.forward
+        self.run_layer = self.layer_class.forward  # of any layer, so that one compilation serves all
         self.is_compiled = False
 
     def compile_layers(self) -> None:

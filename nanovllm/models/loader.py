@@ -192,10 +192,10 @@ def read_headers(folder: Path) -> Tensors:
 
 
 def fit_config(config: ModelConfig, tensors: Tensors) -> ModelConfig:
-    """`config`, in which the head is tied or not as the checkpoint has it; `tensors` has lost what is there twice.
+    """`config`, in which the head is tied or not as the checkpoint has it.
 
-    As transformers 5: a head that ought to be tied, and is there beside the embedding, is the same tensor if it is equal, and
-    stays apart if it is not; one of the two alone serves for both.
+    As in transformers 5: where config.json ties the head to the embedding and the checkpoint has both, they are tied if they
+    are equal. If it has only one of them, that one serves for both; in `tensors` it is then called the embedding.
 
     Raises:
         ValueError: a size that no tensor of the checkpoint has, before anything is built in it.

@@ -5,8 +5,8 @@ ranks take for what is not small, each sums its slice of all inputs, and writes 
 other rank reads it there before the ranks have met again.
 
 Each rank's memory holds flags, int64 [2 meetings, PROGRAMS, ranks], and then room for two inputs, used in turn. A rank's sums
-run one after the other: who writes an input knows that the others are done with the one before the last, for they have
-since told it that they began the last.
+run one after the other. When it overwrites the input of turn t-2, every rank has told it that turn t-1 began there, and so that
+turn t-2 is done.
 """
 
 import triton
@@ -126,8 +126,8 @@ def wait_for(flag, turn, stop):
     while is_early:
         is_early = tl.atomic_add(flag, 0, sem="acquire", scope="sys") < turn
         spins += 1
-        # By one thread: read by all, the host's memory keeps a rank for longer than these spins take, so that it is late for
-        # the next sum, where the others come to read it, and so on.
+        # One thread reads it. If all did, reading the host's memory would take longer than these spins, and make this rank
+        # late for the next sum.
         if spins % 1024 == 0:
             first = tl.arange(0, 1024)
             if tl.max(tl.load(stop + first, mask=first == 0, other=0, volatile=True)) != 0:

@@ -33,7 +33,7 @@ class Share(NamedTuple):
 
 
 class Group:
-    """One of the `size` ranks, with its device. Until it is connected, as one rank alone need not be, it does nothing."""
+    """One of the `size` ranks, with its device. A group of one rank is never connected, and does nothing."""
 
     def __init__(self, device: torch.device = CPU, rank: int = 0, size: int = 1):
         self.device = device
@@ -88,8 +88,11 @@ class Group:
 
     def least(self, value: int) -> int:
         """The least of all ranks' values; waits for them. RuntimeError if an abort has ended that wait."""
-        tensor = self.gather(torch.tensor([[value]], device=self.device)).min()  # on rank 0
-        self.broadcast(tensor)
+        tensor = torch.tensor(int(value), device=self.device)
+        if self.is_connected:
+            options = dist.AllreduceOptions()
+            options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
+            self.backend.allreduce([tensor], options).wait()
         least = int(tensor)
         if self.is_aborted:
             raise RuntimeError("a rank has failed")

@@ -22,7 +22,6 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import cache
 from multiprocessing.connection import Client, Connection, Listener, wait
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -105,9 +104,10 @@ class Workers:
         if self.processes:
             grace_seconds = 0 if self.has_failed.is_set() else GRACE_SECONDS  # for those that wait for another rank
             self.has_failed.set()  # that they are gone is no news
+            deadline = time.monotonic() + grace_seconds
             for process in self.processes:
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(grace_seconds)
+                    process.wait(max(0, deadline - time.monotonic()))
                 process.kill()  # does nothing to one that has ended
                 process.wait()
         self.group.close()
@@ -156,17 +156,18 @@ class Workers:
 
 @contextmanager
 def _interrupt_deferred() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is None:  # None: not Python's
         yield
         return
-    received: list[Any] = []
-    handler = signal.signal(signal.SIGINT, lambda *signal_and_frame: received.append(signal_and_frame))
+    received: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: received.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if received and callable(handler):
-            handler(*received[0])
+        if received:
+            signal.raise_signal(signal.SIGINT)
 
 
 def start_workers(config: Config) -> Workers:
@@ -175,7 +176,10 @@ def start_workers(config: Config) -> Workers:
     Does not return on torchrun's ranks above 0, which work until rank 0 is done.
     """
     if dist.is_torchelastic_launched():
-        return _join_torchrun(config.tensor_parallel_size)
+        workers = _join_torchrun(config.tensor_parallel_size)
+        if workers.group.is_connected:
+            raise RuntimeError("torchrun's ranks run one LLM at a time: close the other one first")
+        return workers
     size = config.tensor_parallel_size
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
