@@ -27,7 +27,7 @@ from nanovllm.outputs import CompletionOutput, Increment, RequestMetrics, Reques
 from nanovllm.progress import progress_bar
 from nanovllm.prompts import Params, Prompt, Prompts, check_params, check_request, parse_requests
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.text import CompletionText, Detokenizer, Text, load_tokenizer
+from nanovllm.text import CompletionText, Detokenizer, TokenTexts, load_tokenizer
 
 Conversations = Seq[Mapping[str, Any]] | Seq[Seq[Mapping[str, Any]]]
 
@@ -58,7 +58,7 @@ class LLM:
         model_config, tensors = read_model(self.config, folder)
         self._tokenizer_folder = tokenizer_folder or folder
         self._tokenizer = load_tokenizer(self._tokenizer_folder)
-        self._text = None if self._tokenizer is None else Text(self._tokenizer)
+        self._token_texts = None if self._tokenizer is None else TokenTexts(self._tokenizer)
         self.engine = LLMEngine(self.config, model_config, tensors)
         self._ids = count()
         self._added: set[int] = set()  # requests of `add_request` that `step` has not returned
@@ -176,7 +176,7 @@ class LLM:
                             del num_given[seq]
                         if start < seq.num_completion_tokens or seq.is_finished:
                             prompt_index, index = places[seq]
-                            text = seq.text.take() if seq.text is not None else ""
+                            text = seq.completion_text.take() if seq.completion_text is not None else ""
                             completion = self._completion(seq, index, text, start)
                             increments.append(Increment(**completion, prompt_index=prompt_index))
                 yield from increments
@@ -297,31 +297,35 @@ class LLM:
             if id(params) not in checked:  # one object may serve all prompts
                 check_params(name, params, vocab_size, self._eos_token_ids)
                 checked.add(id(params))
-            others = replace(params, prompt_logprobs=None) if params.n > 1 else params
-            seed = self._random.getrandbits(63) if params.seed in (None, -1) else params.seed
-            request_id = next(self._ids)
             if params.stop:
                 self.get_tokenizer()  # there must be one
-            text_of = self._text if params.detokenize else None
-            samples = []
-            for i in range(params.n):
-                seq = Sequence(
-                    request_id=request_id,
-                    token_ids=array("i", token_ids),
-                    # one that does not depend on n, the same in every process
-                    seed=seed if i == 0 else random.Random(f"{seed}, sample {i}").getrandbits(63),
-                    params=params if i == 0 else others,
-                    max_tokens=min(params.max_tokens, max_len - len(token_ids)),
-                    eos_token_ids=self._eos_token_ids,
-                    prompt=text,
-                )
-                if text_of is not None:
-                    seq.text = CompletionText(text_of, token_ids, params)
-                    if seq.params.prompt_logprobs is not None:
-                        seq.prompt_text = Detokenizer(text_of, token_ids[:1])
-                samples.append(seq)
-            requests.append(samples)
+            requests.append(self._make_samples(text, token_ids, params))
         return requests
+
+    def _make_samples(self, prompt: str | None, token_ids: list[int], params: SamplingParams) -> list[Sequence]:
+        """The `n` sequences of a request."""
+        others = replace(params, prompt_logprobs=None) if params.n > 1 else params
+        seed = self._random.getrandbits(63) if params.seed in (None, -1) else params.seed
+        request_id = next(self._ids)
+        token_texts = self._token_texts if params.detokenize else None
+        samples = []
+        for i in range(params.n):
+            seq = Sequence(
+                request_id=request_id,
+                token_ids=array("i", token_ids),
+                # one that does not depend on n, the same in every process
+                seed=seed if i == 0 else random.Random(f"{seed}, sample {i}").getrandbits(63),
+                params=params if i == 0 else others,
+                max_tokens=min(params.max_tokens, self.max_model_len - len(token_ids)),
+                eos_token_ids=self._eos_token_ids,
+                prompt=prompt,
+            )
+            if token_texts is not None:
+                seq.completion_text = CompletionText(token_texts, token_ids, params)
+                if seq.params.prompt_logprobs is not None:
+                    seq.prompt_detokenizer = Detokenizer(token_texts, token_ids[:1])
+            samples.append(seq)
+        return samples
 
     def _add(self, requests: Iterable[list[Sequence]]) -> None:
         for seq in chain.from_iterable(requests):
@@ -349,7 +353,7 @@ class LLM:
             prompt=first.prompt,
             prompt_token_ids=list(first.token_ids[: first.num_prompt_tokens]),
             outputs=[
-                CompletionOutput(**self._completion(seq, i, seq.text.text if seq.text else ""))
+                CompletionOutput(**self._completion(seq, i, seq.completion_text.text if seq.completion_text else ""))
                 for i, seq in enumerate(samples)
             ],
             num_cached_tokens=first.num_cached_tokens or 0,

@@ -37,12 +37,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         raise ValueError(f"the tokenizer in {str(folder)!r} ({names}) cannot be loaded: {error}") from error
 
 
-class Text:
-    """The text that tokens add to the one before them."""
+class TokenTexts:
+    """The text that tokens add to what is before them, by a tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.special_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-        self.of_token = cache(lambda token_id: self.whole([token_id]))
+        self.of_token = cache(lambda token_id: self.complete([token_id]))
         self._tokenizer = tokenizer
         # Some tokenizers leave out a space where a text begins, so that all text is decoded after this one.
         self._before = tokenizer.encode("a", add_special_tokens=False)
@@ -54,8 +54,8 @@ class Text:
             return self._decode(token_ids)
         return self._decode([*self._before, *token_ids])[self._num_before :]
 
-    def whole(self, token_ids: Seq[int], is_beginning: bool = False) -> str:
-        """What they add if it ends with a character, or if no character can be as long, else nothing."""
+    def complete(self, token_ids: Seq[int], is_beginning: bool = False) -> str:
+        """As `added`, but nothing if it ends within a character, unless MAX_WAITING tokens wait for the end of one."""
         text = self.added(token_ids, is_beginning)
         return "" if text.endswith(INCOMPLETE) and len(token_ids) < MAX_WAITING else text
 
@@ -71,13 +71,13 @@ class Detokenizer:
         skipped: tokens that have no text.
     """
 
-    def __init__(self, text: Text, context: Seq[int] = (), skipped: frozenset[int] = frozenset()):
-        self._text = text
+    def __init__(self, texts: TokenTexts, context: Seq[int] = (), skipped: frozenset[int] = frozenset()):
+        self._texts = texts
         self._skipped = skipped
         self._is_beginning = all(token_id in skipped for token_id in context)
         self._waiting = self._unfinished(context)  # tokens that end within a character
         # What they are if the character is not completed: the context's, and not given out.
-        self._of_context = text.added(self._waiting) if self._waiting else ""
+        self._of_context = texts.added(self._waiting) if self._waiting else ""
 
     @property
     def text_of(self) -> Callable[[int], str]:
@@ -85,7 +85,7 @@ class Detokenizer:
 
         Of a token that is skipped it gives the text that is left out.
         """
-        return self._text_after_waiting if self._is_beginning or self._waiting else self._text.of_token
+        return self._text_after_waiting if self._is_beginning or self._waiting else self._texts.of_token
 
     def add(self, token_id: int) -> str:
         """Add a token; returns the characters that it completes."""
@@ -93,21 +93,21 @@ class Detokenizer:
             return ""
         new = self.text_of(token_id)
         self._waiting.append(token_id)
-        if new or not self._text.added(self._waiting, self._is_beginning):
+        if new or not self._texts.added(self._waiting, self._is_beginning):
             self._waiting.clear()
             self._is_beginning, self._of_context = False, ""
         return new
 
     def _text_after_waiting(self, token_id: int) -> str:
         if token_id in self._skipped:
-            return self._text.of_token(token_id)
-        return self._text.whole([*self._waiting, token_id], self._is_beginning).removeprefix(self._of_context)
+            return self._texts.of_token(token_id)
+        return self._texts.complete([*self._waiting, token_id], self._is_beginning).removeprefix(self._of_context)
 
     def _unfinished(self, context: Seq[int]) -> list[int]:
         """The last tokens of the context, if it ends within a character.
 
-        They are read from the first of the last 4 to 7 tokens on after which a character begins: from the middle of a
-        character, which has at most 4 bytes, no end of one might be found.
+        Reading begins 4 to 7 tokens before the end. A character has at most 4 bytes, so that one ends in between, unless the
+        reading began in the middle of a character.
         """
         context = [token_id for token_id in context[-16:] if token_id not in self._skipped]
         for num in range(4, 8):
@@ -115,7 +115,7 @@ class Detokenizer:
             found_end = num >= len(context)
             for token_id in context[-num:]:
                 waiting.append(token_id)
-                if self._text.whole(waiting):
+                if self._texts.complete(waiting):
                     waiting, found_end = [], True
             if found_end:
                 return waiting
@@ -123,7 +123,7 @@ class Detokenizer:
 
     def rest(self) -> str:
         """The text of the tokens that still wait, when no more come."""
-        rest = self._text.added(self._waiting, self._is_beginning) if self._waiting else ""
+        rest = self._texts.added(self._waiting, self._is_beginning) if self._waiting else ""
         self._waiting.clear()
         return rest.removeprefix(self._of_context)
 
@@ -131,9 +131,9 @@ class Detokenizer:
 class CompletionText:
     """The text of one completion as its tokens come; what a stop string cuts off is not in it."""
 
-    def __init__(self, text: Text, prompt_token_ids: Seq[int], params: SamplingParams):
+    def __init__(self, texts: TokenTexts, prompt_token_ids: Seq[int], params: SamplingParams):
         self.detokenizer = Detokenizer(
-            text, prompt_token_ids, text.special_ids if params.skip_special_tokens else frozenset()
+            texts, prompt_token_ids, texts.special_ids if params.skip_special_tokens else frozenset()
         )
         self.text = ""
         self.stop = params.stop or ()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.text import CompletionText, Detokenizer, Text
+from nanovllm.text import CompletionText, Detokenizer, TokenTexts
 
 SPECIAL = ["<s>", "</s>"]
 WORDS = ["▁a", "▁do", "▁", "▁▁▁▁", "return", "▁Paris", "▁and", ".", "\n"]
@@ -36,7 +36,7 @@ def metaspace_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 TOKENIZERS = {"Llama 2": llama_2_tokenizer(), "Metaspace": metaspace_tokenizer()}
-TEXTS = {name: Text(tokenizer) for name, tokenizer in TOKENIZERS.items()}
+TEXTS = {name: TokenTexts(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 IDS = {token: i for i, token in enumerate([*SPECIAL, *BYTES, *WORDS])}
 
 
@@ -45,7 +45,7 @@ def ids(*parts: str) -> list[int]:
     return [i for part in parts for i in ([IDS[part]] if part in IDS else [2 + byte for byte in part.encode()])]
 
 
-def texts(text: Text, prompt: list[int], completion: list[int], **params) -> tuple[str, str, str]:
+def texts(text: TokenTexts, prompt: list[int], completion: list[int], **params) -> tuple[str, str, str]:
     """What generate and stream give, and what the tokens drawn have in log-probabilities."""
     whole = CompletionText(text, prompt, SamplingParams(**params))
     given_out, decoded = "", ""
@@ -101,7 +101,7 @@ def test_prompt_and_completion_join_to_the_whole_text(name, prompt, completion):
 @given(st.data(), st.booleans())
 def test_any_tokens_of_a_byte_level_tokenizer_give_the_text_that_transformers_decodes(demo_tokenizer, data, skip):
     token_ids = data.draw(st.lists(st.integers(0, 400) | st.integers(0, len(demo_tokenizer) - 1), max_size=30))
-    completion = texts(Text(demo_tokenizer), [], token_ids, skip_special_tokens=skip)
+    completion = texts(TokenTexts(demo_tokenizer), [], token_ids, skip_special_tokens=skip)
     expected = demo_tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
     assert completion[:2] == (expected, expected)
 

@@ -36,8 +36,8 @@ class Sequence:
     max_tokens: int  # params.max_tokens, or less where max_model_len comes first
     eos_token_ids: frozenset[int] = frozenset()
     prompt: str | None = None
-    text: CompletionText | None = None  # unless nobody asks for text
-    prompt_text: Detokenizer | None = None  # the texts of its tokens, for their log-probabilities
+    completion_text: CompletionText | None = None  # unless nobody asks for text
+    prompt_detokenizer: Detokenizer | None = None  # the texts of its tokens, for their log-probabilities
 
     num_prompt_tokens: int = field(init=False)
     needs_extras: bool = field(init=False)  # logit rules, truncation or log-probabilities
@@ -128,7 +128,7 @@ class Sequence:
         self.token_ids.append(token_id)
         self.num_pending -= 1
         if logprobs is not None:
-            text_of = None if self.text is None else self.text.detokenizer.text_of
+            text_of = None if self.completion_text is None else self.completion_text.detokenizer.text_of
             self.logprobs.append(candidates(token_id, logprobs, self.params.logprobs, text_of))
             self.cumulative_logprob += logprobs[0]
         num_tokens = self.num_completion_tokens
@@ -143,8 +143,8 @@ class Sequence:
             reason = "stop"
         elif may_stop and token_id in self.stop_token_ids:
             reason, stop_reason = "stop", token_id
-        if self.text is not None and (reason != "stop" or self.params.include_stop_str_in_output):
-            stop = self.text.append(token_id, may_stop and reason is None)
+        if self.completion_text is not None and (reason != "stop" or self.params.include_stop_str_in_output):
+            stop = self.completion_text.append(token_id, may_stop and reason is None)
             if stop is not None:
                 reason, stop_reason = "stop", stop
         if reason is None and num_tokens >= self.max_tokens:
@@ -156,15 +156,15 @@ class Sequence:
         """Take the log-probabilities of the next tokens of the prompt."""
         for row in rows:
             token_id = self.token_ids[len(self.prompt_logprobs)]
-            text_of = None if self.prompt_text is None else self.prompt_text.text_of
+            text_of = None if self.prompt_detokenizer is None else self.prompt_detokenizer.text_of
             self.prompt_logprobs.append(candidates(token_id, row, self.params.prompt_logprobs, text_of))
-            if self.prompt_text is not None:
-                self.prompt_text.add(token_id)
+            if self.prompt_detokenizer is not None:
+                self.prompt_detokenizer.add(token_id)
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None, now: float) -> None:
         """End the completion, for one of the reasons of `CompletionOutput`."""
         self.finish_reason, self.stop_reason, self.finished_time = reason, stop_reason, now
-        rest = self.text.finish() if self.text is not None else ""
+        rest = self.completion_text.finish() if self.completion_text is not None else ""
         for token_id, found in zip(reversed(self.token_ids), reversed(self.logprobs), strict=False) if rest else ():
             if not found[token_id].decoded_token:  # the last token that waited for the end of its character
                 found[token_id] = found[token_id]._replace(decoded_token=rest)
