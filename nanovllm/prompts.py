@@ -1,6 +1,7 @@
 """Prompts: everything that users may pass to generate(), made into one form and checked before anything runs."""
 
-from array import array
+import operator
+import re
 from collections.abc import Mapping, Set
 from collections.abc import Sequence as Seq
 from numbers import Integral
@@ -71,20 +72,14 @@ def _parse(name: str, prompt: Any, params: SamplingParams) -> Request:
     text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
     if not isinstance(text, str | None):
         raise TypeError(f"{name} must have text as its prompt, got {text!r}")
-    try:
-        if token_ids is None and text is not None:
-            text.encode()
-        elif isinstance(token_ids, NO_LISTS):
-            raise TypeError
-        else:
-            token_ids = list(token_ids)
-            if bool in map(type, token_ids):
+    if token_ids is None and text is not None:
+        if re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{name} must be text in Unicode, got half a surrogate pair in {text!r:.200}")
+    else:
+        try:
+            if isinstance(token_ids, NO_LISTS) or bool in map(type, token_ids := list(token_ids)):
                 raise TypeError
-            token_ids = array("q", token_ids).tolist()  # takes every kind of integer, and nothing else
-    except UnicodeEncodeError as error:  # half a surrogate pair, which no tokenizer takes
-        raise ValueError(f"{name} must be text in Unicode, got {text!r:.200}: {error}") from None
-    except OverflowError:
-        raise ValueError(f"token ids of {name} must be in the vocabulary, got {token_ids!r:.200}") from None
-    except TypeError:
-        raise TypeError(f"{name} must be text or a list of token ids, got {token_ids!r:.200}") from None
+            token_ids = list(map(operator.index, token_ids))
+        except TypeError:
+            raise TypeError(f"{name} must be text or a list of token ids, got {token_ids!r:.200}") from None
     return Request(name, text, token_ids, params)
