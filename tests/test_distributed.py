@@ -145,8 +145,8 @@ def assert_same(found: list, expected: list, tolerance: float) -> None:
     ("family", "size", "changes", "options"),
     [
         ("qwen3", 2, {}, PREEMPTS),
-        # 2 key-value heads, each on two ranks; a vocabulary that 4 does not divide.
-        ("llama", 4, {"vocab_size": 129}, {}),
+        # 2 key-value heads, each on two ranks; a vocabulary that 4 does not divide; biases, which one rank adds.
+        ("llama", 4, {"vocab_size": 129, "attention_bias": True, "mlp_bias": True}, {}),
         ("qwen2", 2, {"num_key_value_heads": 4, "tie_word_embeddings": True}, {"async_scheduling": False}),
         pytest.param("qwen3", 4, {}, PREEMPTS, marks=pytest.mark.slow),
         pytest.param("llama", 2, {"attention_bias": True, "mlp_bias": True}, PREEMPTS, marks=pytest.mark.slow),
