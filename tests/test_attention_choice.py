@@ -8,11 +8,11 @@ import torch
 from nanovllm import attention, kernels
 from nanovllm.attention.reference import ReferenceAttention
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CUDA = torch.device("cuda")
 
 
-def config(head_dim=64, dtype=torch.bfloat16):
-    return SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim, dtype=dtype)
+def config(head_dim=64):
+    return SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim, dtype=torch.bfloat16)
 
 
 @pytest.fixture
@@ -26,16 +26,12 @@ def installed(monkeypatch):
     return pretend
 
 
-def test_auto_is_the_reference_without_a_gpu_or_without_triton(installed):
-    installed("triton")
-    assert isinstance(attention.select("auto", config(), CPU), ReferenceAttention)
-    installed()
-    assert isinstance(attention.select("auto", config(), CUDA), ReferenceAttention)
-
-
-def test_auto_is_the_reference_for_heads_that_the_kernels_do_not_run(installed):
-    installed("triton")
-    assert isinstance(attention.select("auto", config(head_dim=512), CUDA), ReferenceAttention)
+@pytest.mark.parametrize(
+    ("there", "head_dim", "device"), [(["triton"], 64, "cpu"), ([], 64, "cuda"), (["triton"], 512, "cuda")]
+)
+def test_auto_is_the_reference_where_the_kernels_do_not_run(there, head_dim, device, installed):
+    installed(*there)
+    assert isinstance(attention.select("auto", config(head_dim), torch.device(device)), ReferenceAttention)
 
 
 @pytest.mark.parametrize(

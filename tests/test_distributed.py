@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import suppress
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
@@ -17,6 +16,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import SHARED, greedy, make_llm
 from hypothesis import given
 from hypothesis import strategies as st
 from parallel_models import FailsAtStart, FailsInTheMiddle
@@ -29,16 +29,15 @@ from nanovllm.parallel.workers import Workers, set_tcp_options
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers are joined by socket pairs")
 
-SHARED = [(5 * i + 3) % 128 for i in range(40)]
 PROMPTS = [SHARED[:n] + [(11 * i + n) % 128 for i in range(m)] for n in (0, 7, 40) for m in (1, 22)] * 2
 PARAMS = [
-    SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+    greedy(12, ignore_eos=True),
     SamplingParams(temperature=0.8, seed=3, max_tokens=20, ignore_eos=True, top_k=20, top_p=0.9),
     SamplingParams(temperature=1, seed=4, max_tokens=9, logprobs=2, prompt_logprobs=1, n=2),
-    SamplingParams(temperature=0, max_tokens=30, repetition_penalty=1.3, logit_bias={3: 1.0}),
+    greedy(30, repetition_penalty=1.3, logit_bias={3: 1.0}),
 ]
 PREEMPTS = {"kvcache_block_size": 4, "num_kvcache_blocks": 34, "max_num_batched_tokens": 13}
-SCRIPT = """
+START = """
 import json, sys
 from nanovllm import LLM, SamplingParams
 options = {"max_model_len": 128, "max_num_seqs": 8, "num_kvcache_blocks": 40, "use_tqdm": False}
@@ -46,6 +45,8 @@ llm = LLM(sys.argv[1], tensor_parallel_size=2, device=sys.argv[2], **options)
 def generate(max_tokens):
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     return [o.outputs[0].token_ids for o in llm.generate([[1, 2, 3], [4]], params, use_tqdm=False)]
+"""
+GENERATE = """
 try:
     print("ready", flush=True)
     sys.stdin.readline()
@@ -55,7 +56,25 @@ except KeyboardInterrupt:
     pass
 print(json.dumps(generate(5)), flush=True)
 """
-
+FORK = """
+import os, signal, time
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    for call in generate, lambda n: llm.add_request([1]), lambda n: llm.step():
+        try:
+            call(5)
+        except RuntimeError as error:
+            assert "is the parent process's" in str(error), error
+        else:
+            os._exit(3)
+    if len(sys.argv) > 3:
+        time.sleep(50)
+    llm.close()
+    del llm
+    sys.exit(0)
+assert len(sys.argv) > 3 or os.waitpid(pid, 0)[1] == 0
+"""
 ASSERT_ALIVE = """
 import os, socket
 (connection,) = llm.engine.workers.connections
@@ -72,17 +91,19 @@ def is_ours(process: psutil.Process) -> bool:
         return False
 
 
-@pytest.fixture(autouse=True)
-def no_process_is_left():
-    yield
-    ours = [child for child in psutil.Process().children(recursive=True) if is_ours(child)]
-    _, alive = psutil.wait_procs(ours, timeout=20)
+def assert_ended(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=20)
     assert [process.cmdline() for process in alive] == []
 
 
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    yield
+    assert_ended([child for child in psutil.Process().children(recursive=True) if is_ours(child)])
+
+
 def new_llm(folder: Path, size: int, **options) -> LLM:
-    defaults = {"max_model_len": 128, "num_kvcache_blocks": 100, "use_tqdm": False, "device": "cpu"}
-    return LLM(str(folder), tensor_parallel_size=size, **defaults | options)
+    return make_llm(str(folder), tensor_parallel_size=size, **{"num_kvcache_blocks": 100} | options)
 
 
 def workers_of(llm: LLM) -> list[psutil.Process]:
@@ -115,16 +136,17 @@ def run_all(llm: LLM) -> list:
     return [found, streamed, stepped[0][1], again, hits, llm.stats()["num_preemptions"], logprobs]
 
 
+def assert_same(found: list, expected: list, tolerance: float) -> None:
+    assert found[:-1] == expected[:-1]
+    assert found[-1] == pytest.approx(expected[-1], abs=tolerance), "log-probabilities"
+
+
 @pytest.mark.parametrize(
     ("family", "size", "changes", "options"),
     [
         ("qwen3", 2, {}, PREEMPTS),
-        (
-            "llama",
-            4,
-            {"vocab_size": 129},
-            {},
-        ),  # 2 key-value heads, each on two ranks; a vocabulary that 4 does not divide
+        # 2 key-value heads, each on two ranks; a vocabulary that 4 does not divide; biases, which one rank adds.
+        ("llama", 4, {"vocab_size": 129, "attention_bias": True, "mlp_bias": True}, {}),
         ("qwen2", 2, {"num_key_value_heads": 4, "tie_word_embeddings": True}, {"async_scheduling": False}),
         pytest.param("qwen3", 4, {}, PREEMPTS, marks=pytest.mark.slow),
         pytest.param("llama", 2, {"attention_bias": True, "mlp_bias": True}, PREEMPTS, marks=pytest.mark.slow),
@@ -134,15 +156,14 @@ def run_all(llm: LLM) -> list:
 def test_the_tokens_of_one_rank(family, size, changes, options, tiny_model):
     folder = tiny_model(family, **changes)
     with new_llm(folder, 1, **options) as llm:
-        *expected, expected_logprobs = run_all(llm)
+        expected = run_all(llm)
     with new_llm(folder, size, **options) as llm:
         processes = workers_of(llm)
-        *found, logprobs = run_all(llm)
+        found = run_all(llm)
     assert len(processes) == size - 1
     assert not any(process.is_running() for process in processes), "closing an LLM ends its workers"
-    assert found == expected
-    assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
-    assert bool(found[-1]) == (options is PREEMPTS)
+    assert_same(found, expected, tolerance=1e-4)
+    assert bool(found[-2]) == (options is PREEMPTS)
 
 
 on_gpus = pytest.param("cuda", marks=pytest.mark.gpu(2))
@@ -156,13 +177,10 @@ def test_gpus_give_the_tokens_of_one(family, size, options, tiny_model):
     """Of more than two, some share key-value heads."""
     folder = tiny_model(family, num_attention_heads=8)
     found = []
-    for num_ranks in (1, size):
+    for num_ranks in (size, 1):
         with new_llm(folder, num_ranks, device="cuda", max_num_seqs=8, **options) as llm:
             found.append(run_all(llm))
-    *expected, expected_logprobs = found[0]
-    *tokens, logprobs = found[1]
-    assert tokens == expected
-    assert logprobs == pytest.approx(expected_logprobs, abs=1e-3)
+    assert_same(*found, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("device", [on_gpus])
@@ -197,10 +215,7 @@ def test_a_world_of_one_goes_through_nccl(options, tiny_model, monkeypatch):
             assert bool(llm.engine.runner.graphs) == (not options)
             found.append(run_all(llm))
         monkeypatch.setattr("nanovllm.engine.llm_engine.Group", connected)
-    *expected, expected_logprobs = found[0]
-    *tokens, logprobs = found[1]
-    assert tokens == expected
-    assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
+    assert_same(*found, tolerance=1e-4)
     groups[0].abort()
 
 
@@ -229,7 +244,7 @@ def test_another_signals_handler_in_the_middle_of_a_step_ends_the_model(tiny_mod
     monkeypatch.setattr(llm.engine.runner, "forward", terminated)
     with pytest.raises(SystemExit):
         llm.generate([[1, 2]], PARAMS[0], use_tqdm=False)
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    assert_ended(workers)
     with pytest.raises(RuntimeError, match="this LLM is closed"):
         llm.generate([[1]], use_tqdm=False)
 
@@ -238,13 +253,11 @@ def test_another_signals_handler_in_the_middle_of_a_step_ends_the_model(tiny_mod
 def test_a_worker_that_is_killed_ends_the_call(device, tiny_model):
     llm = new_llm(tiny_model("qwen3"), 2, device=device, max_num_seqs=8)
     (worker,) = workers_of(llm)
-    increments = llm.stream([[1, 2]], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+    increments = llm.stream([[1, 2]], greedy(100, ignore_eos=True))
     next(increments)
     worker.kill()
-    start = time.monotonic()
     with pytest.raises(RuntimeError, match="rank 1 failed: its process ended with exit code -9"):
         list(increments)
-    assert time.monotonic() - start < 15
     with pytest.raises(RuntimeError, match="this LLM is closed"):
         llm.generate([[1]], use_tqdm=False)
 
@@ -311,23 +324,31 @@ def test_a_worker_that_fails_while_rank_0_sees_no_error(tiny_model, monkeypatch)
 
 
 def start_script(
-    folder: Path, device: str, *arguments: str, first_gpu: int = 0, script: str = SCRIPT, num_children: int = 1
+    folder: Path, device: str, *arguments: str, first_gpu: int = 0, fork: str = ""
 ) -> tuple[subprocess.Popen, list[psutil.Process]]:
     """A script without a main guard, and its children, once its LLM is there. It goes on when it is told to."""
-    command = [sys.executable, "-c", script, str(folder), device, *arguments]
+    command = [sys.executable, "-c", START + fork + GENERATE, str(folder), device, *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3").split(",")[first_gpu : first_gpu + 2]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     process = subprocess.Popen(command, **pipes, env=environment, text=True, start_new_session=True)
     assert process.stdout.readline() == "ready\n"
-    children = list(filter(is_ours, psutil.Process(process.pid).children()))
-    assert len(children) == num_children
-    return process, children
+    return process, list(filter(is_ours, psutil.Process(process.pid).children()))
 
 
 def tell(process: subprocess.Popen) -> None:
     process.stdin.write("go on\n")
     process.stdin.flush()
+
+
+def assert_ends_well(process: subprocess.Popen, workers: list[psutil.Process]) -> str:
+    """What the script has written, when it and its one worker are gone."""
+    output = process.communicate(timeout=60)[0]
+    assert [len(token_ids) for token_ids in json.loads(output)] == [5, 5]
+    assert process.returncode == 0
+    assert len(workers) == 1
+    assert_ended(workers)
+    return output
 
 
 @pytest.mark.parametrize(
@@ -342,63 +363,15 @@ def test_two_engines_beside_each_other_and_a_normal_exit(device, first_gpus, tin
     started = [start_script(tiny_model("qwen3"), device, first_gpu=first) for first in first_gpus]
     for process, _ in started:
         tell(process)
-    outputs = [json.loads(process.communicate(timeout=60)[0]) for process, _ in started]
-    assert outputs[0] == outputs[1]
-    assert [process.returncode for process, _ in started] == [0, 0]
-    assert psutil.wait_procs([worker for _, workers in started for worker in workers], timeout=20)[1] == []
-
-
-@on_both
-def test_rank_0_is_killed(device, tiny_model):
-    process, workers = start_script(tiny_model("qwen3"), device, "endless")
-    tell(process)
-    process.kill()
-    process.communicate()
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
-
-
-FORK = """
-import os, signal, sys, time
-pid = os.fork()
-if pid == 0:
-    signal.alarm(60)
-    for call in generate, lambda n: llm.add_request([1]), lambda n: llm.step():
-        try:
-            call(5)
-        except RuntimeError as error:
-            assert "is the parent process's" in str(error), error
-        else:
-            os._exit(3)
-    if len(sys.argv) > 3:
-        time.sleep(50)
-    llm.close()
-    del llm
-    sys.exit(0)
-"""
+    first, second = (assert_ends_well(*processes) for processes in started)
+    assert first == second
 
 
 def test_a_forked_child_owns_nothing_of_the_ranks(tiny_model):
     """Its calls are refused; its exit and its `del` leave the parent's workers alone, and do not hang."""
-    script = SCRIPT.replace("try:\n    print", FORK + "assert os.waitpid(pid, 0)[1] == 0\ntry:\n    print")
-    process, workers = start_script(tiny_model("qwen3"), "cpu", script=script)
+    process, workers = start_script(tiny_model("qwen3"), "cpu", fork=FORK)
     tell(process)
-    output = json.loads(process.communicate(timeout=60)[0])
-    assert [len(token_ids) for token_ids in output] == [5, 5]
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
-
-
-def test_workers_go_with_rank_0_also_while_a_forked_child_lives(tiny_model):
-    script = SCRIPT.replace("try:\n    print", FORK + "try:\n    print")
-    process, children = start_script(tiny_model("qwen3"), "cpu", "endless", script=script, num_children=2)
-    tell(process)
-    workers = [child for child in children if "nanovllm.parallel.workers" in " ".join(child.cmdline())]
-    (forked,) = set(children) - set(workers)
-    try:
-        process.kill()
-        assert psutil.wait_procs(workers, timeout=20)[1] == []
-        assert forked.is_running()
-    finally:
-        forked.kill()
+    assert_ends_well(process, workers)
 
 
 @on_both
@@ -406,9 +379,26 @@ def test_ctrl_c_leaves_an_engine_that_works(device, tiny_model):
     process, workers = start_script(tiny_model("qwen3"), device, "endless")
     tell(process)
     os.killpg(process.pid, signal.SIGINT)
-    output = json.loads(process.communicate(timeout=60)[0])
-    assert [len(token_ids) for token_ids in output] == [5, 5]
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    assert_ends_well(process, workers)
+
+
+@pytest.mark.parametrize(
+    ("device", "fork"), [("cpu", ""), ("cpu", FORK), pytest.param("cuda", "", marks=pytest.mark.gpu(2))]
+)
+def test_workers_go_with_rank_0_that_is_killed_also_while_a_forked_child_lives(device, fork, tiny_model):
+    process, children = start_script(tiny_model("qwen3"), device, "endless", fork=fork)
+    workers = [child for child in children if "nanovllm.parallel.workers" in " ".join(child.cmdline())]
+    forked = [child for child in children if child not in workers]
+    assert (len(workers), len(forked)) == (1, bool(fork))
+    tell(process)
+    try:
+        process.kill()
+        process.wait()
+        assert_ended(workers)
+        assert all(child.is_running() for child in forked)
+    finally:
+        for child in forked:
+            child.kill()
 
 
 @pytest.mark.parametrize(
@@ -418,12 +408,7 @@ def test_torchrun(device, num_nodes, tiny_model, tmp_path):
     """The ranks that it starts become one engine, twice; two nodes are two torchruns on this machine."""
     folder = tiny_model("qwen3")
     script = tmp_path / "script.py"
-    script.write_text(
-        SCRIPT.replace(
-            "llm = LLM", "LLM(sys.argv[1], tensor_parallel_size=2, device=sys.argv[2], **options).close()\nllm = LLM"
-        )
-        + ASSERT_ALIVE
-    )
+    script.write_text(START + "llm.close()\n" + START + GENERATE + ASSERT_ALIVE)
     place = ["--standalone"]
     if num_nodes > 1:
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -434,21 +419,18 @@ def test_torchrun(device, num_nodes, tiny_model, tmp_path):
         subprocess.Popen([*torchrun, f"--node-rank={i}", str(script), str(folder), device], **pipes, text=True)
         for i in range(num_nodes)
     ]
-    stdout = ""
     try:
-        for node in nodes:
-            output, stderr = node.communicate(timeout=200)
-            assert node.returncode == 0, stderr
-            stdout += output
+        ended = [(*node.communicate(timeout=200), node.returncode) for node in nodes]
     finally:  # were they stuck, they would outlive torchrun
         for node in [node for node in nodes if node.poll() is None]:
             for left in [*psutil.Process(node.pid).children(recursive=True), node]:
                 with suppress(psutil.NoSuchProcess):
                     left.kill()
     with new_llm(folder, 1, device=device, max_num_seqs=8) as llm:
-        params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
-        expected = [o["token_ids"] for o in llm.generate([[1, 2, 3], [4]], params, use_tqdm=False)]
-    assert [json.loads(line) for line in stdout.splitlines() if line.startswith("[[")] == [expected]
+        outputs = llm.generate([[1, 2, 3], [4]], greedy(5, ignore_eos=True), use_tqdm=False)
+    assert [returncode for _, _, returncode in ended] == [0] * num_nodes, ended
+    lines = "".join(stdout for stdout, _, _ in ended).splitlines()
+    assert [json.loads(line) for line in lines if line.startswith("[[")] == [[o["token_ids"] for o in outputs]]
 
 
 @pytest.mark.parametrize(
@@ -456,9 +438,8 @@ def test_torchrun(device, num_nodes, tiny_model, tmp_path):
     [({}, 3), ({"num_attention_heads": 6, "num_key_value_heads": 3}, 2), ({"intermediate_size": 50}, 4)],
 )
 def test_sizes_that_cannot_be_cut_are_named(changes, size, tiny_model):
-    with pytest.raises(
-        ValueError, match=rf"tensor_parallel_size must divide .* got {size} for \d+ attention heads, \d+ key"
-    ):
+    message = rf"tensor_parallel_size must divide .* got {size} for \d+ attention heads, \d+ key"
+    with pytest.raises(ValueError, match=message):
         new_llm(tiny_model("qwen3", **changes), size)
 
 

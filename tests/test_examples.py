@@ -1,11 +1,14 @@
-"""The examples do what they say: run as a user runs them, on the demo model or on random ones."""
+"""The examples do what they say: run as a user runs them, on the demo model or on random ones; where they need them, with
+others' libraries."""
 
 import importlib.util
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 import transformers
 from conftest import DEMO_MODEL
+from helpers import greedy
 
 from nanovllm import LLM, SamplingParams
 
@@ -21,6 +25,7 @@ CHUNKS = {"max_num_batched_tokens": 3, "kvcache_block_size": 5}
 PROMPTS = [[(7 * i + j * j) % 128 for j in range(n)] for i, n in enumerate((1, 5, 21, 60))]
 
 
+@cache
 def load_example(name):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -45,13 +50,8 @@ def chat_model(tiny_model, tmp_path_factory, demo_model):
 # jsonl_batch
 
 
-@pytest.fixture(scope="module")
-def batch():
-    return load_example("jsonl_batch")
-
-
 @pytest.fixture
-def batch_run(batch, chat_model, tmp_path):
+def batch_run(chat_model, tmp_path):
     """`batch_run(output)`: what the example writes about 11 rows, 3 at a time; one is too long, one line is blank."""
     lines = [json.dumps({"prompt": f"Number {i} is", "id": f"№ {i}"}) for i in range(8)]
     lines[2] = json.dumps({"messages": question("Why?"), "extra": {"a": [1, None]}}) + "\n"
@@ -62,7 +62,7 @@ def batch_run(batch, chat_model, tmp_path):
 
     def run(output):
         options = ["--model", str(chat_model), "--chunk", "3", "--max-tokens", "7", "--temperature", "0.7"]
-        batch.main([str(source), str(output), *options])
+        load_example("jsonl_batch").main([str(source), str(output), *options])
         return output.read_bytes()
 
     return run
@@ -109,47 +109,41 @@ def test_jsonl_interrupted_has_whole_chunks_and_goes_on(batch_run, tmp_path, mon
     monkeypatch.setattr(LLM, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         batch_run(output)
-    assert written
-    assert len(written) < len(whole)
+    assert 0 < len(written) < len(whole)
     assert whole.startswith(written)
     monkeypatch.undo()
     assert batch_run(output) == whole
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "existing", "message"),
     [
-        ("{", "line 2: Expecting"),
-        ("[1]", "line 2: an object with either"),
-        ('{"prompt": "a", "messages": []}', "line 2: an object with either"),
-        ('{"prompt": 5}', "line 2: 'prompt' must be a text"),
-        ('{"messages": "a"}', "line 2: .* 'messages' a list"),
-        ('{"prompt": "a", "text": "b", "index": 3}', r"line 2: .*\['index', 'text'\]"),
+        ("{", None, "line 2: Expecting"),
+        ("[1]", None, "line 2: an object with either"),
+        ('{"prompt": "a", "messages": []}', None, "line 2: an object with either"),
+        ('{"prompt": 5}', None, "line 2: 'prompt' must be a text"),
+        ('{"messages": "a"}', None, "line 2: .* 'messages' a list"),
+        ('{"prompt": "a", "text": "b", "index": 3}', None, r"line 2: .*\['index', 'text'\]"),
+        ("", '{"prompt": "a"}\n{"prompt": "b"}', "not written by this program"),
+        ("", "one line", "not written by this program"),
+        ("", "{\n", "not written by this program"),
     ],
 )
-def test_jsonl_says_which_line_is_wrong(line, message, batch, tmp_path):
+def test_jsonl_says_which_line_is_wrong_and_leaves_a_file_of_others_alone(line, existing, message, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "a"}\n' + line)
+    if existing is not None:
+        output.write_text(existing)
     with pytest.raises(SystemExit, match=message):
-        batch.main([str(source), str(output), "--model", "unused"])
-    assert not output.exists()
+        load_example("jsonl_batch").main([str(source), str(output), "--model", "unused"])
+    assert (output.read_text() if output.exists() else None) == existing
 
 
-@pytest.mark.parametrize("content", ['{"prompt": "a"}\n{"prompt": "b"}', "one line", "{\n"])
-def test_jsonl_leaves_a_file_of_others_alone(content, batch, tmp_path):
-    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text('{"prompt": "a"}')
-    output.write_text(content)
-    with pytest.raises(SystemExit, match="not written by this program"):
-        batch.main([str(source), str(output), "--model", "unused"])
-    assert output.read_text() == content
-
-
-def test_jsonl_on_the_demo_model(batch, exact_demo_model, tmp_path):
+def test_jsonl_on_the_demo_model(exact_demo_model, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [{"messages": question("What is the capital of France?")}, {"prompt": "The capital of Italy is"}]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    batch.main([str(source), str(output), "--model", str(exact_demo_model), "--max-tokens", "10"])
+    load_example("jsonl_batch").main([str(source), str(output), "--model", str(exact_demo_model), "--max-tokens", "10"])
     first, second = map(json.loads, output.read_text().splitlines())
     assert (first["text"], first["finish_reason"]) == ("The capital of France is Paris.", "stop")
     assert "Rome" in second["text"]
@@ -179,7 +173,7 @@ def test_chat_asks_with_the_whole_conversation(chat_model, monkeypatch, capsys):
     with LLM(chat_model, use_tqdm=False) as llm:
         for line, answer in zip(("One?", "Two?", "Three?"), shown, strict=True):
             messages += question(line)
-            (output,) = llm.chat(messages, SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
+            (output,) = llm.chat(messages, greedy(6), use_tqdm=False)
             messages.append({"role": "assistant", "content": output["text"]})
             assert answer == f"Model: {output['text']}\n"
 
@@ -215,7 +209,7 @@ def test_stream_gives_the_texts_of_generate(chat_model, capsys):
     shown = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith(("'", '"'))]
     with LLM(chat_model, use_tqdm=False) as llm:
         chats = [question(text) for text in stream.QUESTIONS]
-        outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+        outputs = llm.chat(chats, greedy(12), use_tqdm=False)
     assert texts == [output["text"] for output in outputs]
     columns = [(len(line) - len(line.lstrip())) // 24 for line in shown]
     assert columns == [0, 1, 2] * 12  # they take turns
@@ -276,7 +270,7 @@ def test_best_of_n_is_the_likeliest(chat_model, capsys):
     ranked = best_of_n.main([asked, "--n", "6", "--max-tokens", "10", "--model", str(chat_model)])
     with LLM(chat_model, use_tqdm=False) as llm:
         prompt = llm.tokenizer.apply_chat_template(question(asked), add_generation_prompt=True, return_dict=False)
-        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+        params = greedy(1, prompt_logprobs=0)
         means = []
         for completion in ranked:
             (output,) = llm.generate(prompt + completion.token_ids, params, use_tqdm=False)
@@ -294,15 +288,10 @@ def test_best_of_n_is_the_likeliest(chat_model, capsys):
 # own_attention
 
 
-@pytest.fixture(scope="module")
-def own_attention():
-    return load_example("own_attention")
-
-
 def run_tokens(folder, device, prompts=PROMPTS, **options):
     """Greedy tokens of each prompt, with their log-probabilities."""
     options = {"max_model_len": 128, "device": device, "use_tqdm": False} | options
-    params = SamplingParams(temperature=0, max_tokens=24, logprobs=0)
+    params = greedy(24, logprobs=0)
     with LLM(folder, **options) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     tokens = [output["token_ids"] for output in outputs]
@@ -321,21 +310,17 @@ def windowed_logits(model, token_ids, window, num_sinks):
         return model(torch.tensor([token_ids], device=model.device), attention_mask=bias[None, None]).logits[0]
 
 
-@pytest.mark.parametrize(("window", "num_sinks", "options"), [(128, 0, {}), (1, 128, CHUNKS)])
-def test_own_attention_that_sees_all_is_plain(own_attention, tiny_model, device, window, num_sinks, options):
-    folder = tiny_model("qwen3")
-    tokens, logprobs = run_tokens(folder, device, attention_backend="reference")
-    backend = own_attention.SlidingWindow(window, num_sinks)
-    ours, our_logprobs = run_tokens(folder, device, attention_backend=backend, **options)
-    assert ours == tokens
-    torch.testing.assert_close(our_logprobs, logprobs, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("options", [{}, CHUNKS])
-@pytest.mark.parametrize(("window", "num_sinks"), [(8, 2), (5, 0), (1, 1)])
-def test_own_attention_equals_a_dense_mask(own_attention, tiny_model, device, window, num_sinks, options):
-    folder = tiny_model("llama")
-    backend = own_attention.SlidingWindow(window, num_sinks)
+@pytest.mark.parametrize(
+    ("family", "window", "num_sinks", "options"),
+    [
+        *(("llama", *case, options) for case in [(8, 2), (5, 0), (1, 1)] for options in ({}, CHUNKS)),
+        ("qwen3", 128, 0, {}),
+        ("qwen3", 1, 128, CHUNKS),
+    ],
+)
+def test_own_attention_equals_a_dense_mask(tiny_model, device, family, window, num_sinks, options):
+    folder = tiny_model(family)
+    backend = load_example("own_attention").SlidingWindow(window, num_sinks)
     tokens, logprobs = run_tokens(folder, device, attention_backend=backend, **options)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
@@ -349,15 +334,14 @@ def test_own_attention_equals_a_dense_mask(own_attention, tiny_model, device, wi
         theirs = logits.log_softmax(-1).amax(-1).cpu()
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
         plain.append(windowed_logits(model, ids, len(ids), 0)[start:].argmax(-1).tolist())
-    assert plain != tokens  # the window does change something
+    assert (plain == tokens) == (window + num_sinks >= 128), "a window changes something unless it has all tokens"
 
 
 @pytest.mark.slow
-def test_own_attention_needs_its_sinks(own_attention, demo_model, capsys):
+def test_own_attention_needs_its_sinks(demo_model, capsys):
     """What StreamingLLM found: a window alone loses much more than a window with the first tokens."""
-    plain, with_sinks, alone = own_attention.main(
-        [str(EXAMPLES.parent / "LICENSE"), "--length", "192", "--window", "32"]
-    ).values()
+    arguments = [str(EXAMPLES.parent / "LICENSE"), "--length", "192", "--window", "32"]
+    plain, with_sinks, alone = load_example("own_attention").main(arguments).values()
     assert plain < with_sinks < 2 * plain
     assert alone > 2 * with_sinks
     assert capsys.readouterr().out.count("perplexity") == 3
@@ -366,14 +350,10 @@ def test_own_attention_needs_its_sinks(own_attention, demo_model, capsys):
 # own_model
 
 
-@pytest.fixture(scope="module")
-def own_model():
-    return load_example("own_model")
-
-
 @pytest.mark.parametrize("options", [{}, CHUNKS])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}])
-def test_own_model_equals_transformers(own_model, tmp_path, device, changes, options):
+def test_own_model_equals_transformers(tmp_path, device, changes, options):
+    own_model = load_example("own_model")
     model = own_model.make_random(tmp_path, **changes).to(device)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -389,15 +369,157 @@ def test_own_model_equals_transformers(own_model, tmp_path, device, changes, opt
         torch.testing.assert_close(our_logprobs, theirs, atol=1e-4, rtol=0)
 
 
-def test_own_model_shows_the_same_tokens_twice(own_model, capsys):
-    own_model.main([])
+def test_own_model_shows_the_same_tokens_twice(capsys):
+    load_example("own_model").main([])
     theirs, ours = (line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines())
     assert theirs == ours
 
 
-def test_own_model_reads_granite_alone(own_model, tiny_model):
+def test_own_model_reads_granite_alone(tiny_model):
+    granite = load_example("own_model").Granite
     with pytest.raises(ValueError, match=r"model_type of the checkpoint must be .*granite.* got 'llama'"):
-        LLM(tiny_model("llama"), model_class=own_model.Granite, use_tqdm=False)
+        LLM(tiny_model("llama"), model_class=granite, use_tqdm=False)
+
+
+# constrained_json
+
+
+@pytest.fixture(scope="module")
+def constrained():
+    pytest.importorskip("llguidance", reason="needs llguidance")
+    return load_example("constrained_json")
+
+
+@pytest.fixture(scope="module")
+def llm(demo_model):
+    with LLM(demo_model, device="cpu", dtype="float32", max_model_len=512, use_tqdm=False) as llm:
+        yield llm
+
+
+def keeps_to(schema, value):
+    """What the example's schemas ask for."""
+    if schema.get("type") == "object":
+        fields = schema["properties"]
+        return list(value) == list(fields) and all(keeps_to(fields[name], value[name]) for name in fields)
+    if schema.get("type") == "array":
+        is_long = schema["minItems"] <= len(value) <= schema["maxItems"]
+        return is_long and all(keeps_to(schema["items"], item) for item in value)
+    if schema.get("type") == "integer":
+        return type(value) is int and schema["minimum"] <= value <= schema["maximum"]
+    if "enum" in schema:
+        return value in schema["enum"]
+    is_short = len(value) <= schema.get("maxLength", len(value))
+    return is_short and re.search(schema.get("pattern", ""), value) is not None
+
+
+def test_every_answer_of_a_batch_keeps_to_its_own_schema(constrained, demo_model, capsys):
+    texts = constrained.main(["--model", str(demo_model)])
+    answers = [json.loads(text) for text in texts]
+    assert len(answers) == len(constrained.QUESTIONS) == 3
+    assert all(map(keeps_to, constrained.QUESTIONS.values(), answers))
+    printed = capsys.readouterr().out
+    assert all(f"\n{answer}\n" in printed for answer in answers)
+
+
+def test_constrained_answers_are_the_same_alone_and_together(constrained, llm):
+    requests = [(question, constrained.json_grammar(s)) for question, s in constrained.QUESTIONS.items()]
+    greedy = {"temperature": 0, "max_tokens": 16}
+    together = [output["text"] for output in constrained.ask(llm, requests, **greedy)]
+    (alone,) = constrained.ask(llm, requests[1:2], **greedy)
+    assert alone["text"] == together[1]
+
+
+def test_random_completions_of_one_request_may_share_a_constraint(constrained, llm):
+    grammar = constrained.LLMatcher.grammar_from_regex("(19|20)[0-9]{2}, (spring|summer|autumn|winter)")
+    (output,) = constrained.ask(llm, [("When was it?", grammar)], n=4, temperature=2.0, seed=0, max_tokens=24)
+    texts = {completion.text for completion in output.outputs}
+    assert len(texts) > 1
+    assert all(re.fullmatch("(19|20)[0-9]{2}, (spring|summer|autumn|winter)", text) for text in texts)
+    assert {completion.finish_reason for completion in output.outputs} == {"stop"}
+
+
+def test_a_constraint_depends_on_nothing_but_the_answer_so_far(constrained, llm):
+    """Else parameters that are used again would continue the answer of before."""
+    tokenizer = constrained.from_tokenizer(llm.get_tokenizer(), n_vocab=49200)
+    grammar = constrained.LLMatcher.grammar_from_regex("ab|cd")
+    used = constrained.Constraint(tokenizer, grammar)
+    a, b, c = (llm.get_tokenizer().encode(text)[0] for text in "abc")
+    for answer in [], [a], [a, b], [a], [c], []:
+        logits = used(answer, torch.zeros(49200))
+        assert torch.equal(logits, constrained.Constraint(tokenizer, grammar)(answer, torch.zeros(49200)))
+        assert logits[49152:].max() == -torch.inf, "no token has these ids"
+
+
+def test_a_grammar_that_is_none_is_refused(constrained, llm):
+    with pytest.raises(ValueError, match="unclosed group"):
+        constrained.ask(llm, [("?", constrained.LLMatcher.grammar_from_regex("a("))])
+
+
+# lm_eval_harness
+
+
+@pytest.fixture(scope="module")
+def harness():
+    pytest.importorskip("lm_eval", reason="needs lm-eval")
+    return load_example("lm_eval_harness")
+
+
+def flatten(replies):
+    """The numbers and texts in lists of lists and tuples."""
+    if isinstance(replies, list | tuple):
+        return [leaf for reply in replies for leaf in flatten(reply)]
+    return [replies]
+
+
+@pytest.mark.slow
+def test_lm_eval_gives_the_scores_of_its_transformers_model(harness, demo_model, capsys):
+    results = harness.main(["--model", str(demo_model), "--compare"])
+    ours, theirs = results["nanovllm"], results["transformers"]
+    scores = {
+        (task, metric.removesuffix(",none")): (score, theirs["results"][task][metric])
+        for task, metrics in ours["results"].items()
+        for metric, score in metrics.items()
+        if isinstance(score, float)
+    }
+    perplexity = scores.pop(("facts_text", "word_perplexity"))
+    assert perplexity[0] == pytest.approx(perplexity[1], rel=1e-4)
+    assert scores.keys() == {("facts_choice", "acc"), ("facts_choice", "acc_norm"), ("facts_answer", "exact_match")}
+    assert all(score == their_score and 0.3 < score < 0.9 for score, their_score in scores.values())
+
+    for task in ours["samples"]:
+        pairs = zip(*(result["samples"][task] for result in results.values()), strict=True)
+        for our_replies, their_replies in ((a["resps"], b["resps"]) for a, b in pairs):
+            assert flatten(our_replies) == pytest.approx(flatten(their_replies), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_lm_eval_cuts_what_is_too_long_as_its_transformers_model_does(harness, demo_model):
+    """Contexts lose their beginning, and a long text is scored window by window."""
+    hf = pytest.importorskip("lm_eval.models.huggingface", reason="needs accelerate")
+    ours = harness.NanoVLLM(LLM(demo_model, device="cpu", dtype="float32", max_model_len=34, use_tqdm=False))
+    assert ours.max_length == 32
+    theirs = hf.HFLM(str(demo_model), device="cpu", dtype="float32", max_length=32, batch_size=1)
+    story = (
+        "The river was wide and slow. A fisherman named Oren mended his nets and sang about the sea, the "
+        "moon and an old dog that had once belonged to his father in the"
+    )
+    template = "<|im_start|>user\nWhat is two and two?<|im_end|>\n<|im_start|>assistant\n"
+    count = "One, two, three,"
+    requests = {
+        "loglikelihood": [(story, " past."), ("", "Once"), (count, " four"), (count, " and"), (count, story[:60])],
+        "loglikelihood_rolling": [(story,), ("Once",), (story[:90],)],
+        "generate_until": [
+            (story, {"until": ["zebra", " grey"], "max_gen_toks": 12}),
+            (story, {"until": "fish", "max_new_tokens": 9}),
+            (template, {"until": [], "max_gen_toks": 16, "do_sample": False}),
+        ],
+    }
+    for kind, arguments in requests.items():
+        instances = [harness.Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+        our_replies, their_replies = (getattr(model, kind)(instances) for model in (ours, theirs))
+        assert flatten(our_replies) == pytest.approx(flatten(their_replies), abs=1e-3), kind
+        if kind == "loglikelihood":
+            assert [is_greedy for _, is_greedy in our_replies] == [True, False, True, False, False]
 
 
 # all

@@ -27,48 +27,41 @@ from nanovllm.kernels.rotary_store import norm_rotate_store_kernel
 from nanovllm.extras.truncation_kernel import UNUSED_BITS, least_kept_kernel
 
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-FLOATS = ("q_ptr", "k_cache", "v_cache", "out_ptr")
-NUMBERS = {"scale": "fp32", "q_stride": "i32", "table_stride": "i32"}
-
-def attention_memory(is_decode, capability, head_dim, group, dtype):
-    kernel, make_tiles = attention_kernel, decode_tiles if is_decode else prefill_tiles
-    tiles = make_tiles(head_dim, group, getattr(torch, dtype))
-    constants = {
-        "BLOCK_SIZE": 64, "H_KV": 8, "G": group, "D": head_dim, "DP": triton.next_power_of_2(head_dim),
-        "PRECISION": "ieee" if dtype == "float32" else "tf32", "M": tiles["M"], "N": tiles["N"],
-        "IS_DECODE": is_decode,
-    }
-    pointers = {name: "*" + TYPES[dtype] for name in FLOATS} | {"partial_out": "*fp32", "partial_lse": "*fp32"}
-    types = {name: "constexpr" for name in constants} | pointers | NUMBERS
-    signature = {name: types.get(name, "*i32") for name in kernel.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": tiles["num_warps"], "num_stages": tiles["num_stages"]}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
-
 OTHERS = (
     all_reduce_kernel, gumbel_max_kernel, unpack_kernel, least_kept_kernel, norm_and_rank_kernel, norm_rotate_store_kernel
 )
-OTHER_TYPES = dict.fromkeys(("n", "capacity", "vocab_size", "stride", "per_split", "cos_stride", "num_rows"), "i32")
-OTHER_TYPES |= {"eps": "fp32"} | dict.fromkeys(("best", "memories", "turns", "slots"), "*i64")
-OTHER_TYPES |= dict.fromkeys(("least", "norm", "cos_ptr", "sin_ptr"), "*fp32")
-OTHER_FLOATS = ("x", "logits", "drawn", "qkv", "q_norm", "k_norm", "k_cache", "v_cache")
+
+def memory(kernel, capability, types, constants, **options):
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = types | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "*i32") for name in kernel.arg_names}
+    pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+
+def attention_memory(is_decode, capability, head_dim, group, dtype):
+    tiles = (decode_tiles if is_decode else prefill_tiles)(head_dim, group, getattr(torch, dtype))
+    constants = {
+        "BLOCK_SIZE": 64, "H_KV": 8, "G": group, "D": head_dim, "DP": triton.next_power_of_2(head_dim),
+        "PRECISION": "ieee" if dtype == "float32" else "tf32", "M": tiles.pop("M"), "N": tiles.pop("N"),
+        "IS_DECODE": is_decode,
+    }
+    types = dict.fromkeys(("q_ptr", "k_cache", "v_cache", "out_ptr"), "*" + TYPES[dtype])
+    types |= {"partial_out": "*fp32", "partial_lse": "*fp32", "scale": "fp32", "q_stride": "i32", "table_stride": "i32"}
+    return memory(attention_kernel, capability, types, constants, **tiles)
 
 def other_memory(kernel, capability, dtype):
     constants = {
         "SHIFT": UNUSED_BITS[getattr(torch, dtype)], "HAS_LEAST": True, "BLOCK": 8192, "RANK": 0, "SIZE": 4,
-        "LANES": 4, "NUM_PASSES": 2,
-        "H": 32, "H_KV": 8, "D": 128, "HEADS": 64, "HALF": 64, "HAS_NORM": True,
+        "LANES": 4, "NUM_PASSES": 2, "H": 32, "H_KV": 8, "D": 128, "HEADS": 64, "HALF": 64, "HAS_NORM": True,
     }
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    types = OTHER_TYPES | dict.fromkeys(OTHER_FLOATS, "*" + TYPES[dtype]) | dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "*i32") for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": 16}).metadata.shared
+    floats = ("x", "logits", "drawn", "qkv", "q_norm", "k_norm", "k_cache", "v_cache")
+    numbers = ("n", "capacity", "vocab_size", "stride", "per_split", "cos_stride", "num_rows")
+    types = dict.fromkeys(floats, "*" + TYPES[dtype]) | dict.fromkeys(numbers, "i32") | {"eps": "fp32"}
+    types |= dict.fromkeys(("best", "memories", "turns", "slots"), "*i64")
+    types |= dict.fromkeys(("least", "norm", "cos_ptr", "sin_ptr"), "*fp32")
+    return memory(kernel, capability, types, constants, num_warps=16)
 
 capabilities, shapes, dtypes = json.loads(sys.argv[1])
 for capability, (head_dim, group), dtype in itertools.product(capabilities, shapes, dtypes):
@@ -95,12 +88,8 @@ for capability, dtype, kernel in itertools.product(capabilities, dtypes, OTHERS)
 )
 def test_kernels_compile_within_99_kilobytes(capabilities, shapes, dtypes):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps([capabilities, shapes, dtypes])],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", COMPILE, json.dumps([capabilities, shapes, dtypes])]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     compiled = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(compiled) == (2 * len(shapes) + 6) * len(capabilities) * len(dtypes)

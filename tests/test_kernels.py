@@ -29,12 +29,12 @@ from nanovllm.sampling_params import SamplingParams
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 HALF = {"cpu": torch.float16, "cuda": torch.bfloat16}
+precisions = pytest.mark.parametrize("is_half", [False, True], ids=["float32", "half"])
 
 
 def model(num_heads, num_kv_heads, head_dim, dtype):
-    return SimpleNamespace(
-        num_attention_heads=num_heads, num_key_value_heads=num_kv_heads, head_dim=head_dim, dtype=dtype
-    )
+    sizes = {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "head_dim": head_dim}
+    return SimpleNamespace(**sizes, dtype=dtype)
 
 
 def make_case(config, device, block_size, context_lens, query_lens=None, has_norm=True):
@@ -54,12 +54,10 @@ def make_case(config, device, block_size, context_lens, query_lens=None, has_nor
     num_heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     qkv = torch.randn(len(positions), num_heads + 2 * kv_heads, head_dim, generator=generator)
     caches = torch.randn(2, num_rows * per_row, block_size, kv_heads, head_dim, generator=generator)
-    norms = None
-    if has_norm:
-        norms = tuple(torch.nn.RMSNorm(head_dim, 1e-6).requires_grad_(False) for _ in range(2))
-        for norm in norms:
-            norm.weight.normal_(1.0, 0.2, generator=generator)
-            norm.to(device)
+    norms = tuple(torch.nn.RMSNorm(head_dim, 1e-6).requires_grad_(False) for _ in range(2)) if has_norm else None
+    for norm in norms or ():
+        norm.weight.normal_(1.0, 0.2, generator=generator)
+        norm.to(device)
     rotary = RotaryEmbedding(RopeConfig(), head_dim, int(lens.max()))(positions)
     batch = Batch(
         is_decode=is_decode,
@@ -102,19 +100,16 @@ CONTEXTS = [1, 300, 17, 64, 129, 5]
 SHAPES = [(4, 2, 64), (4, 2, 8), (6, 2, 80), (3, 1, 96), (2, 2, 128), (7, 1, 64), (2, 1, 256), (20, 1, 64)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("precision", ["float32", "half"])
-def test_decode_attention(shape, precision, device):
-    dtype = torch.float32 if precision == "float32" else HALF[device]
-    assert_attention_is_the_references(model(*shape, dtype), device, 16, CONTEXTS)
+CHUNKS = [70, 100, 33, 1], [70, 37, 1, 1]  # whole prompts, the rest after a cached prefix, one token after it
+decode_and_prefill = pytest.mark.parametrize("lens", [(CONTEXTS, None), CHUNKS], ids=["decode", "prefill"])
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("precision", ["float32", "half"])
-def test_prefill_attention(shape, precision, device):
-    """Chunks: whole prompts, the rest after a cached prefix, one token after it."""
-    dtype = torch.float32 if precision == "float32" else HALF[device]
-    assert_attention_is_the_references(model(*shape, dtype), device, 16, [70, 100, 33, 1], [70, 37, 1, 1])
+@pytest.mark.parametrize(("shape", "has_norm"), [*((shape, True) for shape in SHAPES), (SHAPES[0], False)], ids=str)
+@decode_and_prefill
+@precisions
+def test_attention(shape, has_norm, lens, is_half, device):
+    config = model(*shape, HALF[device] if is_half else torch.float32)
+    assert_attention_is_the_references(config, device, 16, *lens, has_norm=has_norm)
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 48, 64, 256])
@@ -129,22 +124,16 @@ def test_uneven_contexts_and_rows_cut_into_many_parts(context_lens, device):
     assert_attention_is_the_references(model(2, 1, 64, torch.float32), device, 16, context_lens)
 
 
-@pytest.mark.parametrize("query_lens", [None, [1, 9, 1, 64, 3, 5]], ids=["decode", "prefill"])
-def test_models_without_qk_norm(query_lens, device):
-    config = model(4, 2, 64, torch.float32)
-    assert_attention_is_the_references(config, device, 16, CONTEXTS, query_lens, has_norm=False)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("query_lens", [None, [1, 9, 1, 64, 3, 5]], ids=["decode", "prefill"])
-def test_flash_attn(head_dim, query_lens):
+@decode_and_prefill
+def test_flash_attn(head_dim, lens):
     pytest.importorskip("flash_attn", reason="needs flash-attn")
     from nanovllm.attention.flash import FlashAttention
 
     config = model(4, 2, head_dim, torch.bfloat16)
     backend = FlashAttention(config, torch.device("cuda"), None)
-    assert_attention_is_the_references(config, "cuda", 256, CONTEXTS, query_lens, backend=backend)
+    assert_attention_is_the_references(config, "cuda", 256, *lens, backend=backend)
 
 
 def test_a_layer_leaves_the_workspace_as_it_found_it(device):
@@ -193,14 +182,18 @@ def test_prefill_tiles_cover_every_token_once(chunks, tile):
     bounds, items = split_chunks(query_lens, query_lens + cached, tile)
     assert bounds.tolist() == list(range(len(items) + 1))
     first = query_lens.cumsum() - query_lens
-    seen = [
-        (i, start + t - first[i], position + t - cached[i])
-        for i, start, count, position, *_ in items.tolist()
-        for t in range(count)
-    ]
-    assert all(count <= tile for _, _, count, *_ in items.tolist())
-    assert all(rest == [0, position + count, 0, 1] for _, _, count, position, *rest in items.tolist())
+    seen = []
+    for i, start, count, position, *rest in items.tolist():
+        assert count <= tile
+        assert rest == [0, position + count, 0, 1]
+        seen += [(i, start + t - first[i], position + t - cached[i]) for t in range(count)]
     assert sorted(seen) == [(i, t, t) for i, n in enumerate(query_lens) for t in range(n)]
+
+
+def pack(params, vocab_size, device, first_seed=0):
+    """The parameters of rows, as a device has them, and the rows' numbers."""
+    packed = [pack_sampling(SamplingParams(**p), first_seed + i, vocab_size) for i, p in enumerate(params)]
+    return torch.from_numpy(np.array(packed)).to(device), torch.arange(len(params), dtype=torch.int32, device=device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -211,8 +204,7 @@ def test_gumbel_max(dtype, temperature, device):
     num_rows, vocab_size = 3, 5000
     logits = (torch.randn(num_rows, vocab_size) * 3).to(device, dtype)
     logits[:, 4000] = logits[:, 77] = logits.amax(-1)
-    packed = [pack_sampling(SamplingParams(temperature=temperature), 2**40 + i, vocab_size) for i in range(5)]
-    sampling = torch.from_numpy(np.array(packed)).to(device)
+    sampling, _ = pack([{"temperature": temperature}] * 5, vocab_size, device, 2**40)
     rows = torch.tensor([4, 1, 2], dtype=torch.int32, device=device)
     positions = torch.tensor([0, 9, 1000], dtype=torch.int32, device=device)
     last_token = torch.full((6,), 7, dtype=torch.int32, device=device)
@@ -228,9 +220,7 @@ def test_gumbel_max(dtype, temperature, device):
 
 def test_gumbel_max_passes_over_what_is_below_the_least(device):
     logits = torch.tensor([[1.0, 9.0, 2.0, 3.0]], device=device).repeat(50, 1)
-    packed = [pack_sampling(SamplingParams(temperature=5.0), i, 4) for i in range(50)]
-    sampling = torch.from_numpy(np.array(packed)).to(device)
-    rows = torch.arange(50, dtype=torch.int32, device=device)
+    sampling, rows = pack([{"temperature": 5.0}] * 50, 4, device)
     least = torch.full((50,), 2.0, device=device)
     drawn = gumbel_max(logits, least, rows, rows, sampling, torch.zeros_like(rows))
     assert set(drawn.tolist()) == {1, 2, 3}
@@ -243,9 +233,7 @@ def test_gumbel_max_marks_rows_from_which_no_token_can_be_drawn(params, device):
     logits[1] = -torch.inf
     logits[2] = torch.nan
     logits[3, 4321] = torch.nan
-    packed = [pack_sampling(SamplingParams(**params), i, 5000) for i in range(5)]
-    sampling = torch.from_numpy(np.array(packed)).to(device)
-    rows = torch.arange(5, dtype=torch.int32, device=device)
+    sampling, rows = pack([params] * 5, 5000, device)
     least = truncation_kernel.least_kept(logits, rows, sampling) if "top_k" in params else None
     last_token = torch.full_like(rows, 7)
     drawn = gumbel_max(logits, least, rows, rows, sampling, last_token).tolist()
@@ -280,9 +268,7 @@ def test_least_kept(dtype, spread, device):
     vocab_size = 5000
     logits = (torch.randn(len(TRUNCATIONS), vocab_size) * spread).to(device, dtype)
     logits[:, 100:120] = -torch.inf  # banned
-    packed = [pack_sampling(SamplingParams(**params), 0, vocab_size) for params in TRUNCATIONS]
-    sampling = torch.from_numpy(np.array(packed)).to(device)
-    rows = torch.arange(len(TRUNCATIONS), dtype=torch.int32, device=device)
+    sampling, rows = pack(TRUNCATIONS, vocab_size, device)
     ours = truncation_kernel.least_kept(logits, rows, sampling)
     twin = truncation.least_kept_by_sorting(logits, SamplingBatch(sampling, rows, rows, True, True))
     uses = torch.tensor([SamplingParams(**params).is_truncated for params in TRUNCATIONS], device=device)
@@ -291,9 +277,9 @@ def test_least_kept(dtype, spread, device):
 
 
 @pytest.mark.parametrize("vocab_size", [3, 8192, 20011])
-@pytest.mark.parametrize("dtype", [torch.float32, "half"])
-def test_norm_and_rank(dtype, vocab_size, device):
-    dtype = HALF[device] if dtype == "half" else dtype
+@precisions
+def test_norm_and_rank(is_half, vocab_size, device):
+    dtype = HALF[device] if is_half else torch.float32
     torch.manual_seed(0)
     logits = (torch.randn(7, 2 * vocab_size) * 5).to(device, dtype)[:, :vocab_size]  # rows need not be adjacent
     logits[1, ::2] = -torch.inf

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers import greedy
 
 from nanovllm import LLM, RequestOutput, SamplingParams
 
@@ -40,12 +41,6 @@ def hf_logprobs(model: transformers.PreTrainedModel, output: RequestOutput) -> t
     return logits.log_softmax(-1)[len(output.prompt_token_ids) - 1 : -1].cpu()
 
 
-def our_logprobs(output: RequestOutput) -> torch.Tensor:
-    """The same from a request with logprobs=-1."""
-    rows = [[candidates[i].logprob for i in range(len(candidates))] for candidates in output["logprobs"]]
-    return torch.tensor(rows)
-
-
 def greedy_hf(folder: Path, prompts: list[list[int]], num_tokens: int, device: str) -> list[list[int]]:
     """transformers' greedy completions, padded on the left; tokens after an end of sequence are cut."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
@@ -59,19 +54,7 @@ def greedy_hf(folder: Path, prompts: list[list[int]], num_tokens: int, device: s
     return [c[: c.index(eos) + 1] if eos in c else c for c in completions]
 
 
-def bfloat16_error(llm: LLM, prompts: list[list[int]]) -> float:
-    """Mean |Δ log-probability| of greedily drawn tokens between `llm` and transformers in float32."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(llm.config.model, dtype=torch.float32)
-    model.to(llm.config.torch_device)
-    differences = []
-    for output in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=32, logprobs=0), use_tqdm=False):
-        drawn = torch.tensor(output["token_ids"])
-        ours = torch.tensor([candidates[t].logprob for t, candidates in zip(drawn.tolist(), output["logprobs"])])
-        differences.append((ours - hf_logprobs(model, output).gather(1, drawn.unsqueeze(1)).squeeze(1)).abs())
-    return torch.cat(differences).mean().item()
-
-
-VARIED_PROMPTS = [
+TEXTS = [
     "The capital of France is",
     "Once upon a time, in a land far away,",
     "def fibonacci(n):\n    ",
@@ -85,13 +68,11 @@ VARIED_PROMPTS = [
 
 def varied_prompts(tokenizer: transformers.PreTrainedTokenizerBase) -> list[list[int]]:
     """32 prompts: plain text, chats, and texts of up to 300 tokens."""
-    chats = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
-        for text in VARIED_PROMPTS
-    ]
-    long = [" ".join(VARIED_PROMPTS[i:] + VARIED_PROMPTS[:i]) * (1 + i % 3) for i in range(8)]
-    short = [text.split()[0] for text in VARIED_PROMPTS]
-    return [tokenizer(text)["input_ids"] for text in [*VARIED_PROMPTS, *chats, *long, *short]]
+    chats = [[{"role": "user", "content": text}] for text in TEXTS]
+    chats = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    long = [" ".join(TEXTS[i:] + TEXTS[:i]) * (1 + i % 3) for i in range(8)]
+    short = [text.split()[0] for text in TEXTS]
+    return [tokenizer(text)["input_ids"] for text in [*TEXTS, *chats, *long, *short]]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -100,17 +81,18 @@ def test_logprobs_equal_transformers(variant, tiny_model, device):
     folder = tiny_model(family, **changes)
     llm = LLM(folder, max_model_len=128, max_num_seqs=4, device=device, use_tqdm=False)
     prompts = [[(7 * i + j * j) % 128 for j in range(n)] for i, n in enumerate((1, 5, 40, 100))]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, logprobs=-1), use_tqdm=False)
+    outputs = llm.generate(prompts, greedy(12, logprobs=-1), use_tqdm=False)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     for output in outputs:
-        torch.testing.assert_close(our_logprobs(output), hf_logprobs(model, output), atol=1e-4, rtol=0)
+        rows = [[candidates[i].logprob for i in range(len(candidates))] for candidates in output["logprobs"]]
+        torch.testing.assert_close(torch.tensor(rows), hf_logprobs(model, output), atol=1e-4, rtol=0)
 
 
 def test_real_model_gives_the_tokens_of_transformers(demo_model, device):
     """32 varied prompts, 64 greedy tokens each, in float32: all identical."""
     llm = LLM(demo_model, dtype="float32", device=device, max_model_len=512, use_tqdm=False)
     prompts = varied_prompts(llm.tokenizer)
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64), use_tqdm=False)
+    outputs = llm.generate(prompts, greedy(64), use_tqdm=False)
     assert len(prompts) == 32
     assert [output["token_ids"] for output in outputs] == greedy_hf(demo_model, prompts, 64, device)
 
@@ -118,13 +100,17 @@ def test_real_model_gives_the_tokens_of_transformers(demo_model, device):
 def test_bfloat16_stays_close_to_float32(demo_model, device):
     """Mean |Δ log-probability| of the drawn tokens against transformers in float32 (whose own bfloat16 has 0.020)."""
     llm = LLM(demo_model, device=device, max_model_len=512, use_tqdm=False)
-    assert bfloat16_error(llm, varied_prompts(llm.tokenizer)[::2]) <= 0.05
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).to(device)
+    errors = []
+    for output in llm.generate(varied_prompts(llm.tokenizer)[::2], greedy(32, logprobs=0), use_tqdm=False):
+        drawn = output["token_ids"]
+        ours = torch.tensor([candidates[token].logprob for token, candidates in zip(drawn, output["logprobs"])])
+        errors.append((ours - hf_logprobs(model, output)[torch.arange(len(drawn)), drawn]).abs())
+    assert torch.cat(errors).mean() <= 0.05
 
 
 def test_the_capital_of_france_is_paris(demo_model, device):
     llm = LLM(demo_model, device=device, use_tqdm=False)
     chat = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
-    prompt = llm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    (output,) = llm.generate(prompt, SamplingParams(temperature=0), use_tqdm=False)
-    assert output["text"] == "The capital of France is Paris."
-    assert output["finish_reason"] == "stop"
+    (output,) = llm.chat(chat, SamplingParams(temperature=0), use_tqdm=False)
+    assert (output["text"], output["finish_reason"]) == ("The capital of France is Paris.", "stop")
