@@ -96,6 +96,11 @@ def drain(llm):
     raise AssertionError("the steps never end")
 
 
+def num_unfinished(llm):
+    stats = llm.stats()
+    return stats["num_running"] + stats["num_waiting"]
+
+
 def assert_nothing_leaks(llm):
     scheduler = llm.engine.scheduler
     manager = scheduler.block_manager

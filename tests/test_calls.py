@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from helpers import FEW, PROMPTS, assert_nothing_leaks, collect, drain, greedy, make_llm, tokens
+from helpers import FEW, PROMPTS, assert_nothing_leaks, collect, drain, greedy, make_llm, num_unfinished, tokens
 
 from nanovllm import SamplingParams
 
@@ -74,19 +74,25 @@ def test_an_aborted_request_frees_what_it_holds_and_is_not_returned(turns, llm):
         assert llm.step()[0] == []
     for request_id in ids[1], ids[1], 12345:
         llm.abort(request_id)
+    assert num_unfinished(llm) == 3
     results = dict(drain(llm))
     assert sorted(results) == [ids[0], ids[2], ids[3]]
     assert [results[ids[0]]] == tokens(llm, [FEW[0]], greedy(20))
 
 
-def test_some_samples_that_are_finished_make_no_result(llm):
-    """A request is done when all of its completions are; an abort drops the ones that are done as well."""
+def test_an_abort_drops_what_is_finished_as_well(llm):
+    """Some samples of a request, which is done when all of them are; and one that another call has finished."""
     request_id = llm.add_request([1, 2], SamplingParams(n=3, max_tokens=20, seed=0, stop_token_ids=range(64)))
     finished = []
     while not finished:
         finished += llm.step()[0]
     llm.abort(request_id)
     assert drain(llm) == []
+    request_id = llm.add_request([1], greedy(2))
+    llm.generate([[2]], greedy(9))
+    llm.abort(request_id)
+    assert llm.step() == ([], 0)
+    assert llm.is_finished()
 
 
 def test_a_request_that_a_processor_aborts_is_returned_as_it_is_by_then(llm):
@@ -164,6 +170,7 @@ def test_leaving_a_stream_drops_its_requests_and_no_other(leave, llm):
     for _ in range(7):
         next(stream)
     leave(stream)
+    assert num_unfinished(llm) == 1
     assert [request_id for request_id, _ in drain(llm)] == [other]
 
 

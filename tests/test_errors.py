@@ -4,7 +4,18 @@ import math
 import shutil
 
 import pytest
-from helpers import FEW, IN_RUNNER, assert_nothing_leaks, drain, fail_at, greedy, make_llm, run_script, tokens
+from helpers import (
+    FEW,
+    IN_RUNNER,
+    assert_nothing_leaks,
+    drain,
+    fail_at,
+    greedy,
+    make_llm,
+    num_unfinished,
+    run_script,
+    tokens,
+)
 from safetensors.torch import load_file, save_file
 
 import nanovllm.llm
@@ -43,25 +54,25 @@ def test_an_exception_keeps_what_is_finished_and_is_told_to_all(call, stage, err
     assert tokens(llm, FEW, params) == expected
 
 
-@pytest.mark.parametrize("place", [(BlockManager, "share"), (BlockManager, "release")], ids=str)
-def test_ctrl_c_while_a_sequence_changes_places_is_told_to_all(place, tiny_model, monkeypatch):
+@pytest.mark.parametrize("method", ["share", "release"])
+def test_ctrl_c_while_a_sequence_changes_places_is_told_to_all(method, tiny_model, monkeypatch):
     """It is between waiting and running, or back: admitted late, and preempted."""
     llm = make_llm(tiny_model(), max_num_seqs=5, kvcache_block_size=4, num_kvcache_blocks=34)
     increments = llm.stream([[i] * 6 for i in range(4)], greedy(60))
     next(increments)
     other = llm.add_request([9] * 6, greedy(60))
     with monkeypatch.context() as patch:
-        fail_at(patch, *place, 1, KeyboardInterrupt())
+        fail_at(patch, BlockManager, method, 1, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             llm.generate([[7] * 6], greedy(60))
     assert_all_are_told(llm, increments, other)
 
 
-@pytest.mark.parametrize(("place", "call"), [((Sequence, "append"), 4), ((Scheduler, "_leave_row"), 1)], ids=str)
-def test_ctrl_c_while_a_step_takes_its_tokens_loses_no_finished_result(place, call, llm, monkeypatch):
+@pytest.mark.parametrize(("owner", "name", "call"), [(Sequence, "append", 4), (Scheduler, "_leave_row", 1)])
+def test_ctrl_c_while_a_step_takes_its_tokens_loses_no_finished_result(owner, name, call, llm, monkeypatch):
     """The first of two requests has all of its tokens, or is just put away. Its result is given once."""
     ids = [llm.add_request(prompt, greedy(2)) for prompt in FEW[:2]]
-    fail_at(monkeypatch, *place, call, KeyboardInterrupt())
+    fail_at(monkeypatch, owner, name, call, KeyboardInterrupt())
     assert [llm.step()[0], llm.step()[0]] == [[], []]
     with pytest.raises(KeyboardInterrupt):
         llm.step()
@@ -70,17 +81,17 @@ def test_ctrl_c_while_a_step_takes_its_tokens_loses_no_finished_result(place, ca
 
 
 @pytest.mark.parametrize(
-    ("place", "call", "finished"),
-    [((LLM, "stats"), 2, 0), ((LLM, "stats"), 3, 2), ((nanovllm.llm, "RequestOutput"), 2, 2)],
-    ids=["the bar, before", "the bar, after", "a result"],
+    ("owner", "name", "call", "finished"),
+    [(LLM, "stats", 2, 0), (LLM, "stats", 3, 2), (nanovllm.llm, "RequestOutput", 2, 2)],
 )
-def test_ctrl_c_between_steps_drops_the_calls_requests_alone(place, call, finished, llm, monkeypatch):
+def test_ctrl_c_between_steps_drops_the_calls_requests_alone(owner, name, call, finished, llm, monkeypatch):
     """While the bar is drawn or a result is made; what was finished is kept."""
     other = llm.add_request([8, 8], greedy(9))
-    fail_at(monkeypatch, *place, call, KeyboardInterrupt())
+    fail_at(monkeypatch, owner, name, call, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt) as caught:
         llm.generate([[1], [2], [3]], [greedy(2), greedy(2), greedy(30)])
     assert [output is not None for output in caught.value.outputs] == [True] * finished + [False] * (3 - finished)
+    assert num_unfinished(llm) == 1
     assert [request_id for request_id, _ in drain(llm)] == [other]
 
 
@@ -88,6 +99,7 @@ INTERRUPTED = """
 import signal, sys, threading
 from nanovllm import LLM, SamplingParams
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 llm = LLM(sys.argv[1], max_model_len=250, device="cpu", use_tqdm=False)
 started = threading.Event()
 
