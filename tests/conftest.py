@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
     torch.set_num_threads(1)  # tiny models spend their time on handing out work
 
+from helpers import make_llm
+
 from nanovllm import LLM
 
 DEMO_MODEL = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct"
@@ -70,6 +72,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def llm(tiny_model: Callable[..., Path]) -> LLM:
+    return make_llm(tiny_model())
 
 
 @pytest.fixture(scope="session")

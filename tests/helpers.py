@@ -1,13 +1,23 @@
 """What several test modules need: small LLMs, requests of every kind, faults, and what must hold after a call."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.model_runner import ModelRunner, StepInFlight
 
 STORY = "Once upon a time"
-
+FEW = [[5, 6, 7], [9] * 20, [1], [3, 4] * 10]
 SHARED = [(5 * i + 3) % 128 for i in range(40)]
-
-
 PROMPTS = [SHARED[:n] + [(11 * i + n) % 128 for i in range(m)] for n in (0, 7, 16, 40) for m in (1, 5, 22)] * 2
+
+# Where a step may fail, for `fail_at`.
+IN_RUNNER = {name: (ModelRunner, name) for name in ("forward", "sample", "synchronize", "_compute")}
+IN_RUNNER["wait"] = (StepInFlight, "wait")
 
 
 def discourage_repeats(token_ids, logits):
@@ -27,8 +37,6 @@ EXTRAS = [
     {"logprobs": 2, "repetition_penalty": 0.9},
     {"prompt_logprobs": 1},
 ]
-
-
 PARAMS = [
     SamplingParams(
         temperature=0.0 if i % 2 else 0.8,
@@ -40,6 +48,19 @@ PARAMS = [
     )
     for i in range(len(PROMPTS))
 ]
+
+
+def greedy(n, **more):
+    return SamplingParams(temperature=0, max_tokens=n, **more)
+
+
+def force(*token_ids):
+    """Parameters with which exactly these tokens are drawn."""
+
+    def processor(drawn, logits):
+        return torch.full_like(logits, -100.0).index_fill(0, torch.tensor(token_ids[len(drawn)]), 0.0)
+
+    return {"temperature": 0, "max_tokens": len(token_ids), "logits_processors": [processor]}
 
 
 def make_llm(folder, **options):
@@ -55,6 +76,31 @@ def run(llm, prompts=PROMPTS, params=PARAMS):
     return outputs
 
 
+def tokens(llm, prompts, params):
+    return [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def completions(llm, prompts, params):
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [[sample.token_ids for sample in output.outputs] for output in outputs]
+
+
+def drain(llm):
+    """Step until nothing is unfinished; the (request id, token ids) that came out, in order."""
+    results = []
+    for _ in range(1000):
+        if llm.is_finished():
+            assert_nothing_leaks(llm)
+            return results
+        results += llm.step()[0]
+    raise AssertionError("the steps never end")
+
+
+def num_unfinished(llm):
+    stats = llm.stats()
+    return stats["num_running"] + stats["num_waiting"]
+
+
 def assert_nothing_leaks(llm):
     scheduler = llm.engine.scheduler
     manager = scheduler.block_manager
@@ -64,10 +110,6 @@ def assert_nothing_leaks(llm):
     assert not scheduler.waiting
     assert not scheduler.running
     assert llm.is_finished()
-
-
-def greedy(n, **more):
-    return SamplingParams(temperature=0, max_tokens=n, **more)
 
 
 def fail_at(monkeypatch, owner, name, call, error):
@@ -83,6 +125,22 @@ def fail_at(monkeypatch, owner, name, call, error):
     monkeypatch.setattr(owner, name, failing)
 
 
-def completions(llm, prompts, params):
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    return [[sample.token_ids for sample in output.outputs] for output in outputs]
+def run_script(code, *args):
+    """What a Python process of its own prints."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    root = Path(__file__).parent.parent
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # as in conftest.py
+    result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def collect(increments):
+    """{(prompt, sample): (text, token ids, finish reason)} of a stream."""
+    collected = {}
+    for new in increments:
+        text, token_ids, reason = collected.get((new.prompt_index, new.index), ("", [], None))
+        assert reason is None, "nothing comes after the end"
+        assert not new.text.endswith("\ufffd") or new.finish_reason
+        collected[new.prompt_index, new.index] = text + new.text, token_ids + new.token_ids, new.finish_reason
+    return collected

@@ -1,12 +1,13 @@
 """chat(): conversations through the chat template, content in parts, and its options."""
 
 import pytest
-from helpers import greedy, make_llm
+from helpers import greedy, tokens
+
+HI = {"role": "user", "content": "Hi"}
 
 
-@pytest.fixture
-def llm(tiny_model):
-    return make_llm(tiny_model())
+def rendered(demo, chat, template, **options):
+    return demo.chat(chat, greedy(1), chat_template=template, **options)[0].prompt
 
 
 def test_chat_is_generate_on_the_rendered_template(demo):
@@ -15,36 +16,56 @@ def test_chat_is_generate_on_the_rendered_template(demo):
         [{"role": "user", "content": "Hello!"}],
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}],
     ]
-    rendered = [demo.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
-    token_ids = [demo.tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
-    outputs = demo.chat(chats, greedy(8), use_tqdm=False)
-    assert [output.prompt for output in outputs] == rendered
+    texts = [demo.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+    token_ids = [demo.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    outputs = demo.chat(chats, greedy(8))
+    assert [output.prompt for output in outputs] == texts
     assert [output.prompt_token_ids for output in outputs] == token_ids
-    assert [o["token_ids"] for o in outputs] == [
-        o["token_ids"] for o in demo.generate(token_ids, greedy(8), use_tqdm=False)
-    ]
-    assert demo.chat(chats[0], greedy(8), use_tqdm=False)[0]["text"] == outputs[0]["text"]
+    assert [output["token_ids"] for output in outputs] == tokens(demo, token_ids, greedy(8))
+    assert demo.chat(chats[0], greedy(8))[0]["text"] == outputs[0]["text"]
 
 
 def test_chat_passes_options_to_the_template(demo):
-    chat = [{"role": "user", "content": "Hi"}]
     template = "{{ messages[0].content }}|{{ enable_thinking }}|{{ tools }}|{{ add_generation_prompt }}"
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    options = {"chat_template": template, "enable_thinking": False, "add_generation_prompt": False, "tools": tools}
-    (output,) = demo.chat(chat, greedy(1), use_tqdm=False, **options)
-    assert output.prompt == f"Hi|False|{tools}|False"
-    options = {"chat_template": template, "chat_template_kwargs": {"enable_thinking": True}}
-    (output,) = demo.chat(chat, greedy(1), use_tqdm=False, **options)
-    assert output.prompt == "Hi|True|None|True"
+    options = {"enable_thinking": False, "add_generation_prompt": False, "tools": tools}
+    assert rendered(demo, [HI], template, **options) == f"Hi|False|{tools}|False"
+    assert rendered(demo, [HI], template, chat_template_kwargs={"enable_thinking": True}) == "Hi|True|None|True"
 
 
-def test_wrong_conversations_are_refused_by_name(demo, llm):
-    with pytest.raises(TypeError, match="messages must be a list"):
-        demo.chat("Hello")
-    with pytest.raises(ValueError, match=r"messages\[1\] is refused by the chat template"):
-        demo.chat([[{"role": "user", "content": "a"}], [{"content": "no role"}]])
+def test_an_option_that_nobody_knows_is_refused(demo):
+    with pytest.raises(TypeError, match="unknown option 'lora_requst'"):
+        demo.chat([HI], lora_requst=None)
+    template = "{% generation %}{{ messages[0].content }}{% endgeneration %}{{ lora_requst }}"
+    assert rendered(demo, [HI], template, lora_requst=None) == "HiNone"
+    demo.chat([HI], greedy(1), documents=None, continue_final_message=False)  # transformers' own
+
+
+def second(content):
+    return [[HI], [{"role": "user", "content": content}]]
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
+REFUSED = [
+    (TypeError, "Hello", "messages must be a list"),
+    (ValueError, [[HI], [{"content": "no role"}]], r"messages\[1\] is refused by the chat template"),
+    (ValueError, [{"role": "user", "content": "\ud800"}], r"messages\[0\] is refused"),  # half a surrogate pair
+    (ValueError, second([IMAGE]), r"content of messages\[1\]\[0\] must"),
+    (ValueError, second([{"type": "text"}]), r"content of messages\[1\]\[0\] must"),
+    (ValueError, second([7]), r"content of messages\[1\]\[0\] must"),
+    (TypeError, second(IMAGE), r"content of messages\[1\]\[0\] must"),
+]
+
+
+@pytest.mark.parametrize(("error", "messages", "message"), REFUSED, ids=str)
+def test_wrong_conversations_are_refused_by_name(error, messages, message, demo):
+    with pytest.raises(error, match=message):
+        demo.chat(messages)
+
+
+def test_without_a_tokenizer_there_is_no_chat(llm):
     with pytest.raises(ValueError, match="has no tokenizer"):
-        llm.chat([{"role": "user", "content": "a"}])
+        llm.chat([HI])
 
 
 QWEN_3 = """{% for message in messages %}<|im_start|>{{ message.role }}
@@ -79,20 +100,8 @@ def test_content_in_parts_is_what_the_template_takes(template, expected, demo):
     parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "this?"}]
     for content in parts, tuple(parts), ["What is", parts[1]]:
         chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
-        (output,) = demo.chat(chat, greedy(1), use_tqdm=False, chat_template=template)
-        assert output.prompt == expected
-
-
-def test_a_template_that_takes_parts_alone_gets_them(demo):
-    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
-    assert demo.chat(chat, greedy(1), use_tqdm=False, chat_template=ONLY_PARTS)[0].prompt == "<a><b>"
-
-
-def test_content_that_is_no_text_is_refused(demo):
-    image = {"type": "image_url", "image_url": {"url": "x.png"}}
-    for wrong, error in ([image], ValueError), ([{"type": "text"}], ValueError), ([7], ValueError), (image, TypeError):
-        with pytest.raises(error, match=r"content of messages\[1\]\[0\] must"):
-            demo.chat([[{"role": "user", "content": "a"}], [{"role": "user", "content": wrong}]])
+        assert rendered(demo, chat, template) == expected
+    assert rendered(demo, [{"role": "user", "content": parts}], ONLY_PARTS) == "<What is><this?>"
 
 
 def test_a_tool_call_may_have_no_content(demo):
@@ -101,15 +110,6 @@ def test_a_tool_call_may_have_no_content(demo):
     template = (
         "{% for m in messages %}[{{ m.content if m.content is string else m.tool_calls[0].function.name }}]{% endfor %}"
     )
-    assert demo.chat(chat, greedy(1), use_tqdm=False, chat_template=template)[0].prompt == "[Call f.][f]"
+    assert rendered(demo, chat, template) == "[Call f.][f]"
     for template, end in (QWEN_3, "assistant\n<|im_end|>\n"), (LLAMA_3, "<|eot_id|>"), (SMOLLM_2, "assistant\n"):
-        assert demo.chat(chat, greedy(1), use_tqdm=False, chat_template=template)[0].prompt.endswith(end)
-
-
-def test_an_option_that_nobody_knows_is_refused(demo):
-    chat = [{"role": "user", "content": "Hi"}]
-    with pytest.raises(TypeError, match="unknown option 'lora_requst'"):
-        demo.chat(chat, lora_requst=None)
-    template = "{% generation %}{{ messages[0].content }}{% endgeneration %}{{ lora_requst }}"
-    assert demo.chat(chat, greedy(1), use_tqdm=False, chat_template=template, lora_requst=None)[0].prompt == "HiNone"
-    demo.chat(chat, greedy(1), use_tqdm=False, documents=None, continue_final_message=False)  # transformers' own
+        assert rendered(demo, chat, template).endswith(end)

@@ -75,6 +75,14 @@ if pid == 0:
     sys.exit(0)
 assert len(sys.argv) > 3 or os.waitpid(pid, 0)[1] == 0
 """
+SECOND = """
+try:
+    LLM(sys.argv[1], tensor_parallel_size=2, device=sys.argv[2], **options)
+    print("a second one runs beside the first")
+except RuntimeError as error:
+    assert "one LLM at a time: close the other one first" in str(error)
+    llm.close()
+"""
 ASSERT_ALIVE = """
 import os, socket
 (connection,) = llm.engine.workers.connections
@@ -408,7 +416,7 @@ def test_torchrun(device, num_nodes, tiny_model, tmp_path):
     """The ranks that it starts become one engine, twice; two nodes are two torchruns on this machine."""
     folder = tiny_model("qwen3")
     script = tmp_path / "script.py"
-    script.write_text(START + "llm.close()\n" + START + GENERATE + ASSERT_ALIVE)
+    script.write_text(START + SECOND + START + GENERATE + ASSERT_ALIVE)
     place = ["--standalone"]
     if num_nodes > 1:
         with socket.create_server(("127.0.0.1", 0)) as server:

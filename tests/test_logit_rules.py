@@ -1,9 +1,12 @@
 """Penalties, bias, bans and processors: the numbers are transformers' or the formula's, and rows do not mix."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor
+import transformers
+from helpers import completions, greedy
 
 from nanovllm import SamplingParams
 from nanovllm.engine.sequence import Sequence
@@ -20,14 +23,10 @@ def make_sequence(completion=COMPLETION, **params):
     return seq
 
 
-def send(values):
-    return torch.as_tensor(np.asarray(values))
-
-
 def adjusted(logits, *sequences):
     before = logits.clone()
     asking = [(i, seq) for i, seq in enumerate(sequences) if seq.has_logit_rules]
-    after = apply_rules(logits, asking, send)
+    after = apply_rules(logits, asking, lambda values: torch.as_tensor(np.asarray(values)))
     assert torch.equal(logits, before), "the raw logits are still needed"
     assert after.dtype == torch.float32
     return after
@@ -43,9 +42,19 @@ def test_repetition_penalty_is_that_of_transformers(penalty, logits):
     """Over prompt and completion; a token that is there twice counts once."""
     plain, seq = make_sequence(), make_sequence(repetition_penalty=penalty)
     after = adjusted(logits, plain, seq, plain)
-    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seq.token_ids]), logits[1:2].clone())
-    torch.testing.assert_close(after[1:2], expected)
+    processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
+    torch.testing.assert_close(after[1:2], processor(torch.tensor([seq.token_ids]), logits[1:2].clone()))
     assert torch.equal(after[[0, 2]], logits[[0, 2]])
+
+
+def test_greedy_with_repetition_penalty_is_that_of_transformers(demo):
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo.config.model, dtype=torch.float32)
+    for output in demo.generate(
+        ["The capital of France is", "One two one two one"], greedy(40, repetition_penalty=1.2)
+    ):
+        ids = torch.tensor([output.prompt_token_ids])
+        expected = model.generate(ids, max_new_tokens=40, do_sample=False, repetition_penalty=1.2)
+        assert output["token_ids"] == expected[0, ids.shape[1] :].tolist()
 
 
 def test_presence_and_frequency_penalties_are_the_formulas_over_the_completion(logits):
@@ -59,9 +68,8 @@ def test_presence_and_frequency_penalties_are_the_formulas_over_the_completion(l
 def test_penalties_follow_the_history_as_it_grows(logits):
     seq = make_sequence([], frequency_penalty=1.0)
     for i, token_id in enumerate([5, 6, 5, 5, 7]):
-        after = adjusted(logits[:1], seq)[0]
         counts = torch.bincount(torch.tensor([5, 6, 5, 5, 7][:i], dtype=torch.long), minlength=VOCAB_SIZE)
-        torch.testing.assert_close(after, logits[0] - counts)
+        torch.testing.assert_close(adjusted(logits[:1], seq)[0], logits[0] - counts)
         seq.append(token_id, None, 0.0)
 
 
@@ -80,19 +88,17 @@ def test_bias_is_added_and_bans_and_allowed_tokens_leave_the_rest(logits):
     biased = make_sequence(logit_bias={2: 3.5, 49: -100.0})
     early = make_sequence([1], min_tokens=2, stop_token_ids=[7, 8], logit_bias={7: 100.0})
     few = make_sequence(allowed_token_ids=[10, 3], logit_bias={3: 1.0, 4: 1.0})
-    after = adjusted(logits, biased, early, few)
     expected = logits.clone()
     expected[0, 2] += 3.5
     expected[0, 49] -= 100.0
-    expected[1, [7, 8]] = -torch.inf
-    expected[2] = -torch.inf
-    expected[2, 10] = logits[2, 10]
-    expected[2, 3] = logits[2, 3] + 1.0
-    torch.testing.assert_close(after, expected)
+    expected[1, [7, 8]] = expected[2] = -torch.inf
+    expected[2, [10, 3]] = logits[2, [10, 3]] + torch.tensor([0.0, 1.0])
+    torch.testing.assert_close(adjusted(logits, biased, early, few), expected)
 
 
-def test_stop_tokens_are_banned_until_there_are_min_tokens(logits):
-    seq = make_sequence([], min_tokens=3, stop_token_ids=[1, 2])
+@pytest.mark.parametrize("more", [{}, {"logit_bias": {9: 1.0}}], ids=str)
+def test_stop_tokens_are_banned_until_there_are_min_tokens(more, logits):
+    seq = make_sequence([], min_tokens=3, stop_token_ids=[1, 2], **more)
     for num_tokens in range(5):
         banned = adjusted(logits[:1], seq)[0].isinf().nonzero().flatten().tolist()
         assert banned == ([1, 2] if num_tokens < 3 else [])
@@ -121,6 +127,16 @@ def test_processors_come_in_order_after_the_rest_and_see_their_own_request(logit
     biased[0] = 76.0
     torch.testing.assert_close(after[1], biased + 1)
     assert torch.equal(after[0], logits[0])
+
+
+def test_a_processor_may_have_parameters_of_its_own(llm):
+    def only(token_ids, logits, token_id=7):
+        return torch.full_like(logits, -torch.inf).index_fill_(0, torch.tensor([token_id]), 0.0)
+
+    params = [greedy(2, logits_processors=[f]) for f in (only, partial(only, token_id=9))]
+    assert completions(llm, [[1], [1]], params) == [[[7, 7]], [[9, 9]]]
+    early = greedy(6, min_tokens=3, stop_token_ids=[7], logits_processors=[only])
+    assert completions(llm, [[1]], early) == [[[7] * 4]], "what a processor forces does not stop too early either"
 
 
 @pytest.mark.parametrize("returned", [None, torch.zeros(3)], ids=str)

@@ -1,15 +1,17 @@
 """In float32 every way to schedule the same requests gives the same tokens, greedy and sampled, and leaks nothing."""
 
+from functools import partial
+
 import pytest
-from helpers import EXTRAS, PARAMS, PROMPTS, SHARED, assert_nothing_leaks, make_llm, run
+from helpers import EXTRAS, IN_RUNNER, PARAMS, PROMPTS, SHARED, fail_at, make_llm, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
 from nanovllm.engine import llm_engine
 from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
-from nanovllm.engine.model_runner import ModelRunner
 
+SMALL_POOL = {"kvcache_block_size": 4, "num_kvcache_blocks": 34}
 MODES = {
     "synchronous": {"async_scheduling": False},
     "no prefix cache": {"enable_prefix_caching": False},
@@ -24,18 +26,9 @@ MODES = {
     "blocks of 1": {"kvcache_block_size": 1},
     "blocks of 5": {"kvcache_block_size": 5},
     "blocks of 256": {"kvcache_block_size": 256},
-    "a pool that preempts": {"kvcache_block_size": 4, "num_kvcache_blocks": 34},
-    "a pool that preempts, no prefix cache": {
-        "kvcache_block_size": 4,
-        "num_kvcache_blocks": 34,
-        "enable_prefix_caching": False,
-    },
-    "a pool that preempts, synchronous, chunks": {
-        "kvcache_block_size": 4,
-        "num_kvcache_blocks": 34,
-        "async_scheduling": False,
-        "max_num_batched_tokens": 13,
-    },
+    "a pool that preempts": SMALL_POOL,
+    "a pool that preempts, no prefix cache": SMALL_POOL | {"enable_prefix_caching": False},
+    "a pool that preempts, synchronous, chunks": SMALL_POOL | {"async_scheduling": False, "max_num_batched_tokens": 13},
 }
 
 
@@ -55,34 +48,33 @@ def test_every_mode_gives_the_same_tokens(mode, tiny_model, expected, device):
         assert llm.stats()["num_preemptions"] > 0
 
 
-def test_triton_in_the_interpreter_gives_the_same_tokens(tiny_model, expected, device):
-    """The backend of GPUs, through the whole engine, where there is none."""
+@pytest.fixture
+def triton_llm(device):
+    """Makes an LLM whose kernels run in Triton's interpreter: the backend of GPUs where there is none."""
     pytest.importorskip("triton", reason="needs triton")
     if device != "cpu":
         pytest.skip("without a GPU")
-    llm = make_llm(tiny_model(), device=device, attention_backend="triton", max_num_batched_tokens=25)
-    chosen = [1, 6, 11]
-    params = [PARAMS[i] for i in chosen]
-    outputs = llm.generate([PROMPTS[i] for i in chosen], params, use_tqdm=False)
-    assert [o["token_ids"] for o in outputs] == [expected[i][0] for i in chosen]
+    return partial(make_llm, attention_backend="triton")
 
 
-def test_the_numbers_of_the_largest_step_fit(tiny_model, device, monkeypatch):
+def run_some(llm, chosen):
+    return run(llm, [PROMPTS[i] for i in chosen], [PARAMS[i] for i in chosen])
+
+
+def test_triton_in_the_interpreter_gives_the_same_tokens(tiny_model, expected, triton_llm):
+    llm = triton_llm(tiny_model(), max_num_batched_tokens=25)
+    assert run_some(llm, [1, 6, 11]) == [expected[i] for i in (1, 6, 11)]
+
+
+def test_the_numbers_of_the_largest_step_fit(tiny_model, triton_llm, monkeypatch):
     """One head's group fills a tile with one token, and each token's log-probability is a read of its own."""
-    pytest.importorskip("triton", reason="needs triton")
-    if device != "cpu":
-        pytest.skip("without a GPU")
-
-    def compute(*args):
-        raise NotImplementedError("the step has been sent")
-
     monkeypatch.setattr(llm_engine, "CPU_STEP_TOKENS", 10**6)
-    monkeypatch.setattr(ModelRunner, "_compute", compute)
     folder = tiny_model(num_attention_heads=64, num_key_value_heads=1, max_position_embeddings=33000)
     sizes = {"max_num_batched_tokens": 32000, "max_model_len": 32010, "max_num_seqs": 1, "num_kvcache_blocks": 600}
-    llm = make_llm(folder, attention_backend="triton", kvcache_block_size=64, **sizes)
+    llm = triton_llm(folder, kvcache_block_size=64, **sizes)
+    fail_at(monkeypatch, *IN_RUNNER["_compute"], 1, NotImplementedError("the step has been sent"))
     with pytest.raises(NotImplementedError, match="has been sent"):
-        llm.generate([[1] * 32000], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        llm.generate([[1] * 32000], SamplingParams(max_tokens=1, prompt_logprobs=0))
 
 
 class RepeatedSteps(DecodeGraphs):
@@ -99,54 +91,21 @@ class RepeatedSteps(DecodeGraphs):
         pass
 
 
-def test_padded_steps_find_their_numbers_where_graphs_look_for_them(tiny_model, expected, device):
+def test_padded_steps_find_their_numbers_where_graphs_look_for_them(tiny_model, expected, triton_llm):
     """Decode rows are padded to the graphs' sizes, chunks to a multiple of 8; here without a GPU."""
-    pytest.importorskip("triton", reason="needs triton")
-    if device != "cpu":
-        pytest.skip("without a GPU")
-    llm = make_llm(tiny_model(), attention_backend="triton", max_num_batched_tokens=25, max_num_seqs=20)
+    llm = triton_llm(tiny_model(), max_num_batched_tokens=25, max_num_seqs=20)
     runner = llm.engine.runner
     runner.graphs, runner.model.is_compiled = RepeatedSteps(), True
     for size in reversed(graph_sizes(20)):
         runner.graphs.capture(size, runner.start_trash_decode(size))
-    chosen = [0, 1, 4, 8, 10]
-    outputs = llm.generate([PROMPTS[i] for i in chosen], [PARAMS[i] for i in chosen], use_tqdm=False)
-    assert [o["token_ids"] for o in outputs] == [expected[i][0] for i in chosen]
-
-
-def test_batch_order_does_not_matter(tiny_model, expected, device):
-    llm = make_llm(tiny_model(), device=device, max_num_seqs=5)
-    assert run(llm, PROMPTS[::-1], PARAMS[::-1]) == expected[::-1]
+    assert run_some(llm, [0, 1, 4, 8, 10]) == [expected[i] for i in (0, 1, 4, 8, 10)]
 
 
 def test_identical_prompts_in_one_step_share_their_blocks(tiny_model, expected, device):
     llm = make_llm(tiny_model(), device=device, kvcache_block_size=16)
-    outputs = llm.generate([PROMPTS[11]] * 4, PARAMS[11], use_tqdm=False)
+    outputs = llm.generate([PROMPTS[11]] * 4, PARAMS[11])
     assert [o["token_ids"] for o in outputs] == [expected[11][0]] * 4
     assert [o.num_cached_tokens for o in outputs] == [0, 48, 48, 48]  # of 62, in blocks of 16
-
-
-def test_a_wholly_cached_prompt_still_computes_its_last_token(tiny_model, device):
-    """A prompt of whole blocks that are all cached has no logits to draw from, unless its last block is computed."""
-    llm = make_llm(tiny_model(), device=device, kvcache_block_size=16)
-    first, second = (llm.generate([SHARED[:32]], PARAMS[1], use_tqdm=False)[0] for _ in range(2))
-    assert second["token_ids"] == first["token_ids"]
-    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 16)
-
-
-def test_every_eos_token_stops(tiny_model, device):
-    """Of several EOS ids each ends a completion, which is kept in token_ids, overlapped or not."""
-    plain = make_llm(tiny_model(), device=device)
-    (free,) = plain.generate([SHARED], SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)
-    for position in (0, 3, 10):
-        eos = free["token_ids"][position]
-        cut = free["token_ids"][: free["token_ids"].index(eos) + 1]
-        folder = tiny_model(eos_token_id=[127, eos] if eos != 127 else [0, eos])
-        for overlapped in (True, False):
-            llm = make_llm(folder, device=device, async_scheduling=overlapped)
-            (output,) = llm.generate([SHARED], SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)
-            assert (output["token_ids"], output["finish_reason"], output["stop_reason"]) == (cut, "stop", None)
-            assert_nothing_leaks(llm)
 
 
 requests = st.tuples(
@@ -179,17 +138,10 @@ def test_random_workloads_give_the_tokens_of_each_request_alone(
         SamplingParams(temperature=t, max_tokens=max(n, m), seed=s, stop_token_ids=stops, min_tokens=m, **extras)
         for _, _, n, s, t, stops, m, extras in workload
     ]
-    llm = make_llm(
-        tiny_model(),
-        device=device,
-        max_model_len=80,
-        kvcache_block_size=4,
-        num_kvcache_blocks=21 + spare_blocks,
-        max_num_seqs=rows,
-        max_num_batched_tokens=budget,
-        async_scheduling=overlapped,
-        enable_prefix_caching=caching,
-    )
+    sizes = {"max_model_len": 80, "kvcache_block_size": 4, "num_kvcache_blocks": 21 + spare_blocks}
+    sizes |= {"max_num_seqs": rows, "max_num_batched_tokens": budget}
+    modes = {"async_scheduling": overlapped, "enable_prefix_caching": caching}
+    llm = make_llm(tiny_model(), device=device, **sizes, **modes)
     outputs = run(llm, prompts, params)
     assert outputs == [run(oracle, [prompt], [p])[0] for prompt, p in zip(prompts, params)]
     for (token_ids, reason), p in zip(outputs, params):

@@ -5,12 +5,15 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
+
+
+def sequence(token_ids, request_id=0, max_tokens=1, **fields):
+    return Sequence(request_id, list(token_ids), SamplingParams(max_tokens=max_tokens), 0, max_tokens, **fields)
 
 
 def next_token(token_ids):
@@ -111,7 +114,16 @@ def completion_alone(prompt, max_tokens, eos):
     return token_ids[len(prompt) :]
 
 
-request = st.tuples(st.integers(0, 20), st.integers(1, 12), st.integers(1, 20), st.sampled_from([0, 1, -1]))
+# With a prefix of others', or of two tokens, so that equal blocks stand after unequal ones.
+sharing = st.builds(
+    lambda num_shared, num_own: (
+        [i * i % 23 for i in range(num_shared)] + [(3 * j + num_own) % 23 for j in range(num_own)]
+    ),
+    st.integers(0, 20),
+    st.integers(1, 12),
+)
+prompts = sharing | st.lists(st.integers(0, 1), min_size=1, max_size=12)
+request = st.tuples(prompts, st.integers(1, 20), st.sampled_from([0, 1, -1]))
 
 
 @settings(max_examples=300, deadline=None)
@@ -128,12 +140,9 @@ request = st.tuples(st.integers(0, 20), st.integers(1, 12), st.integers(1, 20), 
 def test_random_workloads_read_only_their_own_kv_and_leak_nothing(
     requests, aborts, rows, budget, spare_blocks, block_size, overlapped, caching
 ):
-    shared = [i * i % 23 for i in range(20)]
     sequences, expected = [], []
-    for i, (num_shared, num_own, max_tokens, eos) in enumerate(requests):
-        prompt = shared[:num_shared] + [(3 * j + num_own) % 23 for j in range(num_own)]
-        params = SamplingParams(max_tokens=max_tokens)
-        sequences.append(Sequence(i, list(prompt), params, 0, max_tokens, frozenset({eos})))
+    for i, (prompt, max_tokens, eos) in enumerate(requests):
+        sequences.append(sequence(prompt, i, max_tokens, eos_token_ids=frozenset({eos})))
         expected.append(completion_alone(prompt, max_tokens, eos))
     needed = max(-(-(len(s.token_ids) + s.max_tokens) // block_size) for s in sequences)
     manager = BlockManager(needed + 1 + spare_blocks, block_size, caching)
@@ -147,29 +156,21 @@ def test_random_workloads_read_only_their_own_kv_and_leak_nothing(
 
 
 def make_sequences(count, prompt_len, max_tokens):
-    params = SamplingParams(max_tokens=max_tokens)
-    return [
-        Sequence(i, [(i + j * (i + 1)) % 23 for j in range(prompt_len)], params, 0, max_tokens) for i in range(count)
-    ]
+    return [sequence([(i + j * (i + 1)) % 23 for j in range(prompt_len)], i, max_tokens) for i in range(count)]
 
 
 def test_overlap_costs_no_steps_when_nothing_stops_early():
     """A sequence that must stop by length is not planned again while its last token is on its way."""
-    steps = [
-        run(make_sequences(6, 9, 14), Scheduler(BlockManager(100, 4), 6, 100), overlapped)
-        for overlapped in (False, True)
-    ]
-    assert steps == [14, 15]  # one more turn, to commit the last step
+    for overlapped, num_steps in (False, 14), (True, 15):  # one more turn, to commit the last step
+        assert run(make_sequences(6, 9, 14), Scheduler(BlockManager(100, 4), 6, 100), overlapped) == num_steps
 
 
 def test_admission_comes_in_bunches():
     """Admitting single requests whenever a row is free would make every step of a long run a mixed one."""
-    params = [SamplingParams(max_tokens=1 + 13 * i % 199) for i in range(400)]
-    sequences = [Sequence(i, [i % 23], p, 0, p.max_tokens) for i, p in enumerate(params)]
     scheduler = Scheduler(BlockManager(8000, 4), max_num_seqs=64, max_num_batched_tokens=1000)
     device, num_steps, num_mixed = FakeDevice(4), 0, 0
-    for seq in sequences:
-        scheduler.add(seq)
+    for i in range(400):
+        scheduler.add(sequence([i % 23], i, 1 + 13 * i % 199))
     while scheduler.has_unfinished:
         step = scheduler.schedule()
         scheduler.commit(step, device.sample(step, device.forward(step)))
@@ -187,29 +188,22 @@ def test_what_was_read_of_a_prompt_before_a_preemption_is_not_read_again():
     assert reads == [range(4, 7), range(7, 10)]
 
 
-def test_the_newest_is_preempted_and_resumes():
-    sequences = make_sequences(3, 8, 12)
-    scheduler = Scheduler(BlockManager(12, 4, enable_prefix_caching=False), 3, 100)
-    run(sequences, scheduler, overlapped=True)
-    assert scheduler.num_preemptions > 0
-    for seq in sequences:
-        prompt = seq.token_ids[: seq.num_prompt_tokens]
-        assert seq.completion_token_ids == completion_alone(prompt, 12, None)
-
-
-def test_preemption_followed_by_a_cache_hit_counts_cached_prompt_tokens_once():
+@pytest.mark.parametrize("caching", [False, True])
+def test_the_newest_is_preempted_and_resumes_and_cached_tokens_count_once(caching):
     """num_cached_tokens says what the first admission found, not what a resumed sequence finds of itself."""
     sequences = make_sequences(3, 8, 12)
-    scheduler = Scheduler(BlockManager(12, 4), 3, 100)
+    scheduler = Scheduler(BlockManager(12, 4, caching), 3, 100)
     run(sequences, scheduler, overlapped=True)
     assert scheduler.num_preemptions > 0
-    assert scheduler.num_prefix_hits > 0
-    assert [seq.num_cached_tokens for seq in sequences] == [0, 0, 0]
+    assert (scheduler.num_prefix_hits > 0) == caching
+    for seq in sequences:
+        assert seq.completion_token_ids == completion_alone(seq.token_ids[: seq.num_prompt_tokens], 12, None)
+        assert seq.num_cached_tokens == 0
 
 
 def cache_prompt(manager, token_ids):
     """Compute a prompt and let it go: its full blocks stay cached."""
-    seq = Sequence(0, list(token_ids), SamplingParams(), 0, 1)
+    seq = sequence(token_ids)
     manager.share(seq, manager.match(seq))
     assert manager.extend(seq, len(token_ids))
     seq.num_computed_tokens = len(token_ids)
@@ -220,7 +214,7 @@ def cache_prompt(manager, token_ids):
 
 
 def match(manager, token_ids):
-    return manager.match(Sequence(0, list(token_ids), SamplingParams(), 0, 1))
+    return manager.match(sequence(token_ids))
 
 
 def test_a_hit_needs_the_same_tokens_after_the_same_prefix():
@@ -236,9 +230,9 @@ def test_a_block_whose_prefix_was_evicted_never_matches_another_prefix():
     """The number of a block's prefix is never used again, even where its block is."""
     manager = BlockManager(4, 2)
     first = cache_prompt(manager, [1, 1, 2, 2])
-    holder = Sequence(1, [7, 7, 7], SamplingParams(), 0, 1)
+    holder = sequence([7, 7, 7])
     assert manager.extend(holder, 2)  # the uncached block
-    seq = Sequence(2, [1, 1, 2, 2, 3], SamplingParams(), 0, 1)
+    seq = sequence([1, 1, 2, 2, 3])
     manager.share(seq, manager.match(seq))
     assert seq.block_table == first
     manager.release(seq)
@@ -263,10 +257,10 @@ def test_a_collision_of_hashes_is_no_hit(monkeypatch):
 def test_uncached_blocks_are_taken_first_then_the_least_recently_used():
     manager = BlockManager(6, 2)
     old, new = cache_prompt(manager, [1, 1]), cache_prompt(manager, [2, 2])
-    match_again = Sequence(0, [1, 1, 5], SamplingParams(), 0, 1)
+    match_again = sequence([1, 1, 5])
     manager.share(match_again, manager.match(match_again))
     manager.release(match_again)  # now `old` was used last
-    seq = Sequence(1, [0] * 10, SamplingParams(), 0, 1)
+    seq = sequence([0] * 10)
     assert manager.extend(seq, 10)
     assert set(seq.block_table[:3]).isdisjoint(old + new)
     assert seq.block_table[3:] == new + old
@@ -276,61 +270,15 @@ def test_uncached_blocks_are_taken_first_then_the_least_recently_used():
 def test_the_end_of_a_prefix_is_evicted_before_its_beginning():
     manager = BlockManager(4, 2)
     blocks = cache_prompt(manager, [1, 1, 2, 2, 3, 3])
-    seq = Sequence(1, [0, 0], SamplingParams(), 0, 1)
+    seq = sequence([0, 0])
     assert manager.extend(seq, 2)
     assert seq.block_table == blocks[-1:]
     assert match(manager, [1, 1, 2, 2, 3, 3, 4]) == blocks[:2]
 
 
-class BlockManagerMachine(RuleBasedStateMachine):
-    """Random admissions, growth and releases against a model that remembers each block's content."""
-
-    @initialize(num_blocks=st.integers(2, 12), block_size=st.integers(1, 3))
-    def setup(self, num_blocks, block_size):
-        self.manager = BlockManager(num_blocks, block_size)
-        self.live = []
-        self.content = {}  # block -> (all tokens up to its end)
-
-    @rule(token_ids=st.lists(st.integers(0, 1), min_size=1, max_size=12))
-    def admit(self, token_ids):
-        seq = Sequence(0, token_ids, SamplingParams(), 0, 1)
-        matched = self.manager.match(seq)
-        size = self.manager.block_size
-        for i, block in enumerate(matched):
-            assert self.content[block] == token_ids[: (i + 1) * size], "a hit is this prefix's KV"
-        assert len(matched) * size < len(token_ids)
-        self.manager.share(seq, matched)
-        if not self.manager.extend(seq, len(token_ids)):
-            self.manager.release(seq)
-            return
-        seq.num_computed_tokens = len(token_ids)
-        for i, block in enumerate(seq.block_table[len(matched) :], len(matched)):
-            self.content[block] = token_ids[: (i + 1) * size]
-        self.manager.register(seq)
-        self.live.append(seq)
-
-    @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def release(self, data):
-        self.manager.release(self.live.pop(data.draw(st.integers(0, len(self.live) - 1))))
-
-    @invariant()
-    def every_block_is_free_or_held(self):
-        if not hasattr(self, "manager"):
-            return
-        manager = self.manager
-        held = [block for seq in self.live for block in seq.block_table]
-        assert all(manager.ref_counts[b] == held.count(b) for b in range(manager.num_blocks))
-        assert set(manager.free) == set(range(1, manager.num_blocks)) - set(held)
-
-
-TestBlockManager = BlockManagerMachine.TestCase
-TestBlockManager.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
-
-
 def test_extend_takes_nothing_when_too_few_blocks_are_free():
     manager = BlockManager(4, 2)
-    seq = Sequence(0, [0] * 9, SamplingParams(), 0, 1)
+    seq = sequence([0] * 9)
     assert not manager.extend(seq, 9)
     assert (seq.block_table, len(manager.free)) == ([], 3)
 

@@ -2,42 +2,43 @@
 
 import pytest
 import tokenizers
-import torch
 import transformers
-from helpers import greedy
+from helpers import force, greedy, make_llm
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import SamplingParams
 from nanovllm.text import CompletionText, Detokenizer, TokenTexts
 
 SPECIAL = ["<s>", "</s>"]
 WORDS = ["▁a", "▁do", "▁", "▁▁▁▁", "return", "▁Paris", "▁and", ".", "\n"]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
+IDS = {token: i for i, token in enumerate([*SPECIAL, *BYTES, *WORDS])}
+
+
+def as_transformers(tokenizer: tokenizers.Tokenizer) -> transformers.PreTrainedTokenizerFast:
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def llama_2_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A space begins each text and is taken away again; a character that has no token is written in bytes."""
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *BYTES, *WORDS])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True, fuse_unk=True))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(IDS, [], byte_fallback=True, fuse_unk=True))
     n, d = tokenizers.normalizers, tokenizers.decoders
     tokenizer.normalizer = n.Sequence([n.Prepend("▁"), n.Replace(" ", "▁")])
     tokenizer.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return as_transformers(tokenizer)
 
 
 def metaspace_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    vocabulary = [(token, 0.0) for token in [*SPECIAL, *BYTES, *WORDS]]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, 0, byte_fallback=True))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram([(t, 0.0) for t in IDS], 0, byte_fallback=True))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
     d = tokenizers.decoders
     tokenizer.decoder = d.Sequence([d.ByteFallback(), d.Metaspace(prepend_scheme="first")])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return as_transformers(tokenizer)
 
 
 TOKENIZERS = {"Llama 2": llama_2_tokenizer(), "Metaspace": metaspace_tokenizer()}
 TEXTS = {name: TokenTexts(tokenizer) for name, tokenizer in TOKENIZERS.items()}
-IDS = {token: i for i, token in enumerate([*SPECIAL, *BYTES, *WORDS])}
 
 
 def ids(*parts: str) -> list[int]:
@@ -87,10 +88,10 @@ def test_a_completion_goes_on_where_the_prompt_ends(name, prompt, completion, ex
     assert texts(TEXTS[name], prompt, completion)[:2] == (expected, expected)
 
 
-@given(
-    st.lists(st.sampled_from([*WORDS, "é", "日本", "🙂", " ", "x"]), min_size=1),
-    st.lists(st.sampled_from([*WORDS, "é", "日本", "🙂", " ", "x"])),
-)
+parts = st.sampled_from([*WORDS, "é", "日本", "🙂", " ", "x"])
+
+
+@given(st.lists(parts, min_size=1), st.lists(parts))
 @pytest.mark.parametrize("name", TEXTS)
 def test_prompt_and_completion_join_to_the_whole_text(name, prompt, completion):
     prompt, completion = ids("▁a", *prompt), ids(*completion)
@@ -132,50 +133,45 @@ def test_candidates_are_decoded_after_the_tokens_drawn():
 # --- the same through an LLM -----------------------------------------------------------------------------------------
 
 
-def force(*token_ids):
-    """Have exactly these tokens drawn."""
-
-    def processor(drawn, logits):
-        return torch.full_like(logits, -100.0).index_fill(0, torch.tensor(token_ids[len(drawn)]), 0.0)
-
-    return {"temperature": 0, "max_tokens": len(token_ids), "logits_processors": [processor]}
-
-
 @pytest.fixture(scope="module")
 def llm(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     TOKENIZERS["Llama 2"].save_pretrained(folder)
-    model = tiny_model("llama", vocab_size=len(IDS))
-    return LLM(model, tokenizer=folder, device="cpu", max_model_len=128, use_tqdm=False, num_kvcache_blocks=40)
+    return make_llm(tiny_model("llama", vocab_size=len(IDS)), tokenizer=folder)
 
 
-UNFINISHED = ids("▁Paris", "<0x0A>", "<0xF0>", "<0x9F>")
-
-
-@pytest.mark.parametrize("completion", [ids("▁Paris", "▁and", "é", "▁a"), UNFINISHED, ids("</s>", "🙂", ".")], ids=str)
+@pytest.mark.parametrize(
+    "completion",
+    [
+        ids("▁Paris", "▁and", "é", "▁a"),
+        ids("▁Paris", "<0x0A>", "<0xF0>", "<0x9F>"),
+        ids("</s>", "🙂", "."),
+        ids("xyz", "▁a"),
+    ],
+    ids=str,
+)
 def test_generate_stream_stops_and_logprobs_have_one_text(llm, completion):
     params = SamplingParams(**force(*completion), logprobs=2, ignore_eos=True, skip_special_tokens=False)
-    (output,) = llm.generate([PROMPT], params, use_tqdm=False)
+    (output,) = llm.generate([PROMPT], params)
     increments = list(llm.stream([PROMPT], params))
     assert "".join(increment.text for increment in increments) == output["text"]
     for logprobs in output["logprobs"], [row for increment in increments for row in increment.logprobs]:
-        joined = "".join(row[token_id].decoded_token for token_id, row in zip(completion, logprobs))
+        joined = "".join(row[token_id].decoded_token for token_id, row in zip(completion, logprobs, strict=True))
         assert joined == output["text"]
-    first = output["text"][:3]
-    stopping = SamplingParams(**force(*completion), stop=first, include_stop_str_in_output=True, skip_special_tokens=False, ignore_eos=True)  # fmt: skip
-    (output,) = llm.generate([PROMPT], stopping, use_tqdm=False)
-    assert (output["finish_reason"], output["stop_reason"]) == ("stop", first)
-    assert output["text"].startswith(first)
-
-
-def test_a_stop_string_may_begin_with_the_completions_space(llm):
-    (output,) = llm.generate([PROMPT], SamplingParams(**force(*ids("▁Paris", "▁and")), stop=" Paris"), use_tqdm=False)
-    assert (output["text"], output["stop_reason"]) == ("", " Paris")
+    first = output["text"][:3]  # it may begin with the completion's space
+    for includes_stop in True, False:
+        more = {"ignore_eos": True, "skip_special_tokens": False, "include_stop_str_in_output": includes_stop}
+        params = SamplingParams(**force(*completion), stop=[first[1:], first], **more)
+        (output,) = llm.generate([PROMPT], params)
+        assert output["finish_reason"] == "stop"
+        assert output["stop_reason"] == first, "of those that end with a token the first in the text"
+        assert output["text"] == (first if includes_stop else "")
+        assert "".join(new.text for new in llm.stream([PROMPT], params)) == output["text"]
 
 
 def test_prompt_logprobs_join_to_the_prompt(llm):
     prompt = ids("▁a", "é", "▁do", "<s>", "日本🙂", "\n", "</s>")
-    (output,) = llm.generate([prompt], greedy(1, prompt_logprobs=3), use_tqdm=False)
+    (output,) = llm.generate([prompt], greedy(1, prompt_logprobs=3))
     rows = output.prompt_logprobs
     texts = ["", *(row[token_id].decoded_token for token_id, row in zip(prompt[1:], rows[1:]))]
     assert "a" + "".join(texts) == "aé do<s>日本🙂\n</s>"
@@ -185,7 +181,7 @@ def test_prompt_logprobs_join_to_the_prompt(llm):
 def test_a_skipped_token_within_a_character_takes_no_part_in_it(llm):
     completion = ids("<0xF0>", "<0x9F>", "</s>", "<0x99>", "<0x82>", "<0xF0>", "</s>")
     params = SamplingParams(**force(*completion), logprobs=0, ignore_eos=True)
-    (output,) = llm.generate([PROMPT], params, use_tqdm=False)
+    (output,) = llm.generate([PROMPT], params)
     assert output["text"] == "🙂�"
     decoded = [row[token_id].decoded_token for token_id, row in zip(completion, output["logprobs"])]
     assert decoded == ["", "", "</s>", "", "🙂", "�", "</s>"]
@@ -193,39 +189,45 @@ def test_a_skipped_token_within_a_character_takes_no_part_in_it(llm):
 
 def test_without_detokenization_there_is_no_text(llm):
     params = greedy(3, logprobs=1, prompt_logprobs=1, detokenize=False)
-    (output,) = llm.generate([PROMPT], params, use_tqdm=False)
+    (output,) = llm.generate([PROMPT], params)
     assert output["text"] == ""
     rows = [*output.prompt_logprobs[1:], *output["logprobs"]]
     assert {candidate.decoded_token for row in rows for candidate in row.values()} == {None}
 
 
 def test_text_is_never_cleaned_up(demo_model):
-    llm = LLM(demo_model, dtype="float32", max_model_len=64, use_tqdm=False)
+    llm = make_llm(demo_model, dtype="float32")
     token_ids = llm.tokenizer(" x != y and a ? b")["input_ids"]
     llm.tokenizer.clean_up_tokenization_spaces = True
-    params = SamplingParams(**force(*token_ids))
-    assert llm.generate([[1, 2]], params, use_tqdm=False)[0]["text"] == " x != y and a ? b"
+    assert llm.generate([[1, 2]], SamplingParams(**force(*token_ids)))[0]["text"] == " x != y and a ? b"
 
 
 # --- which tokenizer -------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_tokenizer_is_named_before_the_model_is_loaded(tiny_model, tmp_path):
-    TOKENIZERS["Llama 2"].save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(ValueError, match=r"tokenizer\.json' is damaged"):
-        LLM(tiny_model(), tokenizer=tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"model": 7}')
-    with pytest.raises(ValueError, match=r"tokenizer in .* \(tokenizer\.json.*\) cannot be loaded"):
-        LLM(tiny_model(), tokenizer=tmp_path)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (None, r"^tokenizer '.*nowhere' is neither a folder nor a Hub id"),
+        ('{"model": ', r"tokenizer\.json' is damaged"),
+        ('{"model": 7}', r"tokenizer in .* \(tokenizer\.json.*\) cannot be loaded"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_loaded_is_named_before_the_model_is_loaded(damage, message, tiny_model, tmp_path):
+    folder = tmp_path / "nowhere"
+    if damage is not None:
+        TOKENIZERS["Llama 2"].save_pretrained(folder)
+        (folder / "tokenizer.json").write_text(damage)
+    with pytest.raises(ValueError, match=message):
+        make_llm(tiny_model(), tokenizer=folder, num_kvcache_blocks=2)  # the next thing to be refused
 
 
-def test_a_tokenizer_is_found_by_a_path_that_no_longer_leads_there(tiny_model, tmp_path, monkeypatch):
+def test_a_tokenizer_elsewhere_is_used_also_where_its_path_no_longer_leads_there(tiny_model, tmp_path, monkeypatch):
     TOKENIZERS["Llama 2"].save_pretrained(tmp_path / "tokenizer")
     monkeypatch.chdir(tmp_path)
-    model = tiny_model("llama", vocab_size=len(IDS))
-    llm = LLM(model, tokenizer="tokenizer", device="cpu", max_model_len=64, use_tqdm=False)
+    llm = make_llm(tiny_model("llama", vocab_size=len(IDS)), tokenizer="tokenizer")
     monkeypatch.chdir("/")
     params = SamplingParams(**(force(*ids("▁a", "</s>", "▁a")) | {"max_tokens": 9}))
-    (output,) = llm.generate([PROMPT], params, use_tqdm=False)
+    (output,) = llm.generate(" do", params)
+    assert output.prompt_token_ids == TOKENIZERS["Llama 2"](" do")["input_ids"]
     assert (output["text"], output["finish_reason"]) == (" a", "stop"), "the tokenizer's end token is known"

@@ -58,8 +58,8 @@ def pool_bytes(total: int, free: int, utilization: float, held: int, peak: int, 
     pool = int(total * utilization) - held - peak if asked is None else asked
     if 0 < pool <= free - peak:
         return pool
-    problem = f"the KV cache would take {gib(pool)}, but only {gib(free - peak)} are free"
-    remedy = "lower gpu_memory_utilization or num_kvcache_blocks"
+    option = "gpu_memory_utilization" if asked is None else "num_kvcache_blocks"
+    problem, remedy = f"the KV cache would take {gib(pool)}, but only {gib(free - peak)} are free", f"lower {option}"
     if pool <= 0:
         problem = "no memory is left for the KV cache"
         remedy = "raise gpu_memory_utilization or tensor_parallel_size"
