@@ -318,7 +318,7 @@ def test_a_wait_that_an_abort_ends_has_no_result():
         group.abort()
         return SimpleNamespace(wait=lambda: None)
 
-    group.backend = SimpleNamespace(gather=aborted, broadcast=aborted)
+    group.backend = SimpleNamespace(allreduce=aborted)
     with pytest.raises(RuntimeError, match="a rank has failed"):
         group.least(3)
 

@@ -1,8 +1,7 @@
 """Memory of the GPUs of one host that all of them read and write, through the CUDA driver's inter-process handles.
 
-torch has two ways to share memory: its symmetric memory takes its names from torch's own process groups, and counts meetings
-by the process, so that a new worker never meets a rank 0 that had others; its shared tensors leave a file behind when a
-process is killed.
+torch has two ways to share memory, which do not serve here. Its symmetric memory counts meetings by the process, so that a new
+worker never meets a rank 0 that had others before. Its shared tensors leave a file behind when a process is killed.
 """
 
 import ctypes

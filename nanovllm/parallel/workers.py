@@ -78,8 +78,11 @@ class Workers:
 
     @contextmanager
     def all_ranks(self, message: bytes = b"") -> Iterator[None]:
-        """Send a message, if there is one. Once a step is sent, every rank must launch all its collectives, or the others
-        deadlock: Ctrl-C waits until it is done, and an error ends the model, and is a worker's if one has failed."""
+        """Send a message, if there is one, and do on this rank what the others do then.
+
+        Once a step is sent, every rank must launch all its collectives, or the others deadlock. So Ctrl-C waits until all is
+        launched, and any error ends the model. If a worker has failed, its error is raised.
+        """
         with _interrupt_deferred():
             try:
                 for connection in self.connections if message else []:
@@ -92,7 +95,7 @@ class Workers:
                 self.group.abort()
                 raise
             else:
-                self.check()  # where a rank has failed, an abort may have ended waits without an error
+                self.check()  # if a rank has failed, the abort may have ended this rank's waits without an error
 
     def close(self) -> None:
         """End the model; and the processes that rank 0 has started, within seconds."""
