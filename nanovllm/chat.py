@@ -1,6 +1,5 @@
 """Chat: conversations through the tokenizer's chat template."""
 
-import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
@@ -12,15 +11,16 @@ from jinja2.meta import find_undeclared_variables
 from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
+# Those of apply_chat_template that change the text.
+TEXT_OPTIONS = {"tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}
 PROBE, MARK = "is this text in parts", "is a part shown as it is"
 
 
 def check_template_options(
     tokenizer: PreTrainedTokenizerBase, names: Iterable[str], options: Mapping[str, Any]
 ) -> None:
-    """TypeError unless each name is one of `apply_chat_template`'s, or a variable of the chat template that `options` choose."""
-    parameters = inspect.signature(tokenizer.apply_chat_template).parameters.values()
-    unknown = set(names) - {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    """TypeError unless each name is one of TEXT_OPTIONS, or a variable of the chat template that `options` choose."""
+    unknown = set(names) - TEXT_OPTIONS
     if unknown:
         try:
             template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))

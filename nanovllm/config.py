@@ -129,8 +129,8 @@ class Config:
                 check_int("tensor_parallel_size on these GPUs", self.tensor_parallel_size, 1, torch.cuda.device_count())
 
     def device_of(self, local_rank: int) -> torch.device:
-        """The device of a rank, `local_rank` being its number on its machine. A GPU has its index: which one is the current
-        one may change later, and differs between threads."""
+        """The device of a rank, `local_rank` being its number on its machine. A GPU has its index: the
+        current device may change later, and differs between threads."""
         device = self.torch_device
         if device.type == "cuda" and self.tensor_parallel_size > 1:
             return torch.device("cuda", local_rank)

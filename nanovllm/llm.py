@@ -59,15 +59,14 @@ class LLM:
         self._tokenizer_folder = tokenizer_folder or folder
         self._tokenizer = load_tokenizer(self._tokenizer_folder)
         self._token_texts = None if self._tokenizer is None else TokenTexts(self._tokenizer)
-        self.engine = LLMEngine(self.config, model_config, tensors)
         self._ids = count()
         self._added: set[int] = set()  # requests of `add_request` that `step` has not returned
         self._ended_added: dict[Sequence, None] = {}  # those of their sequences that have ended
         self._random = random.Random(self.config.seed)
         eos_token_ids = check_token_ids("the tokenizer's eos_token_id", getattr(self._tokenizer, "eos_token_id", None))
-        eos_token_ids |= self.engine.model_config.eos_token_ids
-        vocab_size = self.engine.model_config.vocab_size
-        self._eos_token_ids = frozenset(token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size)
+        eos_token_ids |= model_config.eos_token_ids
+        self._eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < model_config.vocab_size)
+        self.engine = LLMEngine(self.config, model_config, tensors)
 
     @NoFullCollections()
     def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
@@ -130,7 +129,7 @@ class LLM:
             messages: {"role": …, "content": …}, a list for each conversation.
             options: of the tokenizer's `apply_chat_template` and of the model's own chat template:
                 `add_generation_prompt` (True), `continue_final_message`, `tools`, `chat_template`, `enable_thinking` …;
-                vLLM's `chat_template_kwargs` is taken too; of these, as in vLLM, the template may know none.
+                vLLM's `chat_template_kwargs` is taken too; as in vLLM, names in it that the template lacks are ignored.
 
         Raises:
             TypeError, ValueError: as `generate`; no chat template, or one that refuses the conversation; an option known to
@@ -185,7 +184,8 @@ class LLM:
                 self.engine.abort([request[0].request_id for request in requests])
 
     def _changed(self, missed: Iterable[Sequence]) -> set[Sequence]:
-        """Take a turn of the engine; the sequences that it has changed, and the `missed` ones, which others' turns may have."""
+        """Take a turn of the engine. Returns the sequences that it has changed, and the `missed` ones, which another call may have
+        changed."""
         for seq in missed:
             if not seq.is_finished and seq.request_id not in self.engine.scheduler.requests:
                 raise RuntimeError("an error in another call has dropped this stream's requests")

@@ -16,7 +16,7 @@ class Logprob(NamedTuple):
 
     Of a token outside of the most likely ones that were asked for, `rank` is the number of tokens at least as likely.
     `decoded_token` is what the token adds to the text before it: nothing if it ends within a character, the character if it
-    completes one. So those of the tokens drawn join to the text, and have the special tokens that are left out there. None
+    completes one. Joined, those of the drawn tokens are the text with the special tokens that are left out there. None
     without detokenization.
     """
 

@@ -17,7 +17,7 @@ from nanovllm.sampling_params import SamplingParams
 MAIN_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")  # one of them is a tokenizer
 TOKENIZER_FILES = (*MAIN_FILES, "special_tokens_map.json", "added_tokens.json")
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what tokenizers make of bytes that are no character
-MAX_WAITING = 64  # tokens that wait for the end of a character; more, which are decoded again and again, are none
+MAX_WAITING = 64  # so many tokens wait for the end of a character at most; every new one decodes them all again
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -76,7 +76,7 @@ class Detokenizer:
         self._skipped = skipped
         self._is_beginning = all(token_id in skipped for token_id in context)
         self._waiting = self._unfinished(context)  # tokens that end within a character
-        # What they are if the character is not completed: the context's, and not given out.
+        # What an unfinished character of the context would be shown as: it is cut off, as it is not the completion's.
         self._of_context = texts.added(self._waiting) if self._waiting else ""
 
     @property

@@ -460,7 +460,7 @@ def test_a_class_that_workers_cannot_import_is_refused(tiny_model, monkeypatch):
 def test_a_model_that_does_not_fit_says_how_many_ranks_would_do():
     check_weights_fit(60 * GIB, 80 * GIB, 0.9, 1)
     with pytest.raises(
-        ValueError, match=r"take 73.00 GiB on each of 2 GPUs, .* is 72.00 GiB; tensor_parallel_size=4 would"
+        ValueError, match=r"take 73.00 GiB on each of 2 GPUs, .* is 72.00 GiB; tensor_parallel_size must be at least 3"
     ):
         check_weights_fit(73 * GIB, 80 * GIB, 0.9, 2)
     with pytest.raises(ValueError, match="tensor_parallel_size=8 would fit"):

@@ -444,7 +444,7 @@ def test_a_packed_linear_gives_the_same_product_whether_this_cpu_packs_its_dtype
         parameter.normal_()
     inputs = [torch.randn(num_rows, 32, dtype=dtype) for num_rows in (1, 16, 100)]
     expected = [linear(x) for x in inputs]
-    linear.pack()
+    linear.reorder_for_cpu()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close([linear(x) for x in inputs], expected, rtol=tolerance, atol=tolerance)
 

@@ -97,7 +97,7 @@ def test_padded_steps_find_their_numbers_where_graphs_look_for_them(tiny_model, 
     runner = llm.engine.runner
     runner.graphs, runner.model.is_compiled = RepeatedSteps(), True
     for size in reversed(graph_sizes(20)):
-        runner.graphs.capture(size, runner.start_trash_decode(size))
+        runner.graphs.capture(size, runner.upload_trash_decode(size))
     assert run_some(llm, [0, 1, 4, 8, 10]) == [expected[i] for i in (0, 1, 4, 8, 10)]
 
 

@@ -73,5 +73,6 @@ def test_the_readmes_reading_order_has_the_cores_files_and_their_lines():
     section = readme.split("### Where to begin reading")[1].split("###")[0]
     given = {file: int(num) for file, num in re.findall(r"`([\w/]+\.py)`\s(\d+)", section)}
     lines = lines_by_file()
-    assert given == {file: lines[file] for file in given}
-    assert len(given) > 20
+    core = {file: num for file, num in lines.items() if not file.startswith(("extras", "parallel")) and num}
+    assert given == {file: num for file, num in core.items() if file not in ("__init__.py", "kernels/__init__.py")}
+    assert f"| {sum(core.values()):,} in the core, {sum(lines.values()):,} in all |" in readme

@@ -50,6 +50,8 @@ def parse_args(argv: list[str] | None, description: str | None) -> argparse.Name
     args = parser.parse_args(argv)
     if args.passes is not None and args.passes < 1:
         parser.error(f"--passes must be at least 1, got {args.passes}")
+    if args.baseline and args.sampling_params:
+        parser.error("--baseline does the same work only without --sampling")
     if args.workload and given(args, Workload):
         parser.error("a named workload has its own size, lengths and temperature")
     return args

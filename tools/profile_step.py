@@ -42,6 +42,7 @@ def main() -> None:
             folder,
             load_format="dummy",
             max_num_seqs=max(args.rows),
+            max_model_len=args.context,
             attention_backend=args.attention_backend,
             tensor_parallel_size=args.tensor_parallel_size,
             use_tqdm=False,

@@ -16,7 +16,7 @@ from torch import Tensor
 from nanovllm.attention.backend import AttentionBackend
 from nanovllm.engine.batch import Batch
 
-# Decode rows attend in groups of similar length: a group more costs about as much as so many tokens of padding.
+# Decode rows attend in groups of similar length. One more group costs about as much as so many tokens of padding.
 PADDING_TOKENS = 2048
 GATHERED_TOKENS = 65536  # and a group gathers no more than this
 

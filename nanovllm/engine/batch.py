@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 INT = NDArray[np.int32]
 
-# The most int32s that a step uploads: for a decode row with its part of the work list, for a new entry of a block table, for a
-# token of a chunk with its part of the work list, and for what does not grow with these.
+# Upper bounds of the int32s that a step uploads: per decode row and per token of a chunk, with their parts of the work list, per
+# new entry of a block table, and for the rest.
 INTS_PER_ROW, INTS_PER_BLOCK, INTS_PER_TOKEN, INTS_PER_STEP = 40, 2, 16, 65536
 
-# Chunks are padded to a multiple of so many tokens where layers are compiled, which makes a variant for one token.
+# With compiled layers chunks are padded to a multiple of so many tokens: torch.compile would compile them again for one token.
 TOKEN_MULTIPLE = 8
 TRASH = Sequence(
     0, array("i", [0] * TOKEN_MULTIPLE), SamplingParams(), seed=0, max_tokens=1
@@ -57,8 +57,8 @@ class Batch:
 
 @dataclass(eq=False)
 class KVCache:
-    """A layer's keys and values, [blocks, block_size, H_kv, D] both. An object that a compiler does not look into:
-    it would compile the layer anew for another number of blocks."""
+    """A layer's keys and values, [blocks, block_size, H_kv, D] both. torch.compile does not look into the object: it
+    would compile the layers again for another number of blocks."""
 
     k: Tensor
     v: Tensor

@@ -77,7 +77,7 @@ class BlockManager:
         return True
 
     def register(self, seq: Sequence) -> None:
-        """Cache the full blocks of `seq` whose tokens are known and whose KV a launched or planned step computes."""
+        """Cache each full block of `seq` whose tokens are known, once the step that computes its KV is planned."""
         if not self.enable_prefix_caching:
             return
         num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size

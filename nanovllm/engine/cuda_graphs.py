@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Numbers of rows to capture, ascending: 8 apart, and above 64 by at most an eighth. One row runs as two: torch.compile
-    would make a variant of every layer for one."""
+    """Numbers of rows to capture, ascending, in steps of 8 up to 64, then of at most an eighth. The least is 2: torch.compile
+    would compile every layer again for one row."""
     sizes = [2, 4, 8]
     while sizes[-1] < max_num_seqs:
         sizes.append(sizes[-1] + max(8, 2 ** (sizes[-1].bit_length() - 4)))
@@ -43,7 +43,7 @@ class DecodeGraphs:
             self.close()
             raise
 
-    def size_for(self, num_rows: int) -> int:
+    def padded_size(self, num_rows: int) -> int:
         """What so many rows are padded to; none stay none."""
         return self.sizes[bisect_left(self.sizes, num_rows)] if self.sizes and num_rows else num_rows
 
@@ -60,7 +60,7 @@ class DecodeGraphs:
 
 @cache
 def _capture_stream(device_index: int) -> torch.cuda.Stream:
-    """torch's own capture stream belongs to the device on which a process captures first, and all devices share it."""
+    """torch has one capture stream for all devices, made on the first one that captures. Each device needs its own."""
     return torch.cuda.Stream(device_index)
 
 

@@ -3,7 +3,8 @@
     CPU     | plan N+1 | launch forward N+1 | commit N | launch sampling N+1 | plan N+2 | …
     device  | … forward N | sample N | forward N+1 ……………………………… | sample N+1 | forward N+2 …
 
-Step N+1 is planned from counts, and launched, before the tokens of step N are read: the device never waits for the CPU.
+Step N+1 is planned from counts, and launched, before the tokens of step N are read: the device need not wait for the CPU,
+as long as the CPU is done with N before the device is done with N+1.
 When N+1 is sampled, N is committed, so that every sampled sequence's history is known on the CPU.
 """
 
@@ -54,7 +55,7 @@ class LLMEngine:
         try:
             with _on_device(config.device_of(0)), NoFullCollections():
                 group = self.workers.begin(config) if self.workers else Group(config.device_of(0))
-                with self.workers.all_ranks() if self.workers else nullcontext():
+                with self.workers.all_ranks(is_step=False) if self.workers else nullcontext():
                     self.runner = start_runner(config, self.model_config, tensors, group)
         except BaseException:
             self.close()
@@ -66,8 +67,8 @@ class LLMEngine:
         self.to_abort: list[int] = []  # at the end of the step
         self.why_closed = "this LLM is closed"
         self.num_steps = 0
-        # The sequences that have ended, in order: finished, or unfinished where an exception has dropped them. The schedulers put
-        # them there, one after the other; LLM takes them out.
+        # The sequences that have ended, in order: finished, or dropped by an exception, after which there is a new scheduler.
+        # `LLM` takes them out.
         self.ended: dict[Sequence, None] = {}
         self.scheduler = self._new_scheduler()
         atexit.register(self.close)
@@ -159,8 +160,8 @@ class LLMEngine:
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
     def leave_to_parent(self) -> None:
-        """In a forked child, which owns nothing of several ranks: let go of the workers, and never run a destructor of what
-        the parent has, which would wait for threads that a child does not have."""
+        """In a forked child, which owns nothing of several ranks: let go of the workers. The rest is leaked on purpose, as its
+        destructors would wait for threads that a fork does not copy."""
         if self.workers is not None:
             self.workers.disconnect()
         ctypes.pythonapi.Py_IncRef(ctypes.py_object((self.runner, self.workers, self.in_flight)))
@@ -225,8 +226,8 @@ def _on_device(device: torch.device) -> Iterator[None]:
 
 
 class NoFullCollections(ContextDecorator):
-    """Meanwhile the garbage collector looks at new objects only, in all threads. Where millions of objects stay, as in compilers
-    and of log-probabilities, a full collection takes 0.1 to 0.3 s."""
+    """Meanwhile the garbage collector looks at new objects only, in all threads. With millions of live objects, as of compilers
+    and log-probabilities, a full collection takes 0.1 to 0.3 s."""
 
     lock = threading.Lock()
     num_entered = 0

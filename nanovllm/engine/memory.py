@@ -1,6 +1,7 @@
 """How much memory the KV pool may take, on CUDA and on the host: readings, and arithmetic with them."""
 
 import logging
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -71,14 +72,12 @@ def pool_bytes(total: int, free: int, utilization: float, held: int, peak: int, 
 
 def check_weights_fit(weights: int, total: int, utilization: float, num_ranks: int) -> None:
     """ValueError unless `weights` bytes on each of so many cards of `total` bytes fit into our share; it says how many
-    ranks would do."""
-    enough = num_ranks
-    while weights * num_ranks / enough > total * utilization:
-        enough *= 2
+    ranks it takes."""
+    enough = math.ceil(weights * num_ranks / (total * utilization))
     if enough > num_ranks:
         raise ValueError(
             f"the weights take {gib(weights)} on each of {num_ranks} GPUs, of whose {gib(total)} "
-            f"gpu_memory_utilization={utilization} is {gib(total * utilization)}; tensor_parallel_size={enough} would fit"
+            f"gpu_memory_utilization={utilization} is {gib(total * utilization)}; tensor_parallel_size must be at least {enough}"
         )
 
 

@@ -113,7 +113,7 @@ class ModelRunner:
         """What all ranks must know of a step. Decode rows are padded to the size of a graph."""
         decodes, chunks, batches = step.decodes, step.chunks, []
         if decodes:
-            num_padding = self.graphs.size_for(len(decodes)) - len(decodes)
+            num_padding = self.graphs.padded_size(len(decodes)) - len(decodes)
             batch = pack_batch(decodes + [TRASH_ROW] * num_padding, self.backend, is_decode=True)
             # Where no chunks follow, padding has logits too: to leave it out would cost a copy.
             batches.append(batch._replace(logits_indices=slice(len(decodes) if chunks else None)))
@@ -171,7 +171,7 @@ class ModelRunner:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits of at least as many rows: in the sizes of the graphs, for which the libraries' kernels are loaded."""
-        num_padding = self.graphs.size_for(len(hidden)) - len(hidden)
+        num_padding = self.graphs.padded_size(len(hidden)) - len(hidden)
         return self.model.logits(F.pad(hidden, (0, 0, 0, num_padding)) if num_padding else hidden)
 
     def _score_prompts(self, slices: list[tuple[int, int, int]], token_ids: Tensor, hidden: Tensor) -> list[Logprobs]:
@@ -192,22 +192,22 @@ class ModelRunner:
         raw_logits, launched.logits = launched.logits, None  # frees their memory for the next step
         sequences = [chunk.seq for chunk in launched.step.sampled]
         if sequences and raw_logits is not None:
-            demanding = [(i, seq) for i, seq in enumerate(sequences) if seq.needs_extras]
-            ruled = [(i, seq) for i, seq in demanding if seq.has_logit_rules and not seq.is_finished]
+            with_extras = [(i, seq) for i, seq in enumerate(sequences) if seq.needs_extras]
+            with_rules = [(i, seq) for i, seq in with_extras if seq.has_logit_rules and not seq.is_finished]
             logits = raw_logits
-            if ruled:
+            if with_rules:
                 from nanovllm.extras.logit_rules import apply_rules
 
-                logits = apply_rules(raw_logits, ruled, self._to_device)
+                logits = apply_rules(raw_logits, with_rules, self._to_device)
             batch = SamplingBatch(
                 self.tables.sampling,
                 launched.rows,
                 launched.positions,
                 is_random=any(seq.params.temperature > 0 for seq in sequences),
-                is_truncated=any(seq.params.is_truncated for _, seq in demanding),
+                is_truncated=any(seq.params.is_truncated for _, seq in with_extras),
             )
             token_ids = sample(logits, batch, self.tables.last_token)
-            launched.logprobs = self._logprobs(demanding, raw_logits, token_ids)
+            launched.logprobs = self._logprobs(with_extras, raw_logits, token_ids)
             launched.token_ids = token_ids.to("cpu", non_blocking=True)
         if self.device.type == "cuda":
             launched.copied = torch.cuda.current_stream(self.device).record_event()
@@ -233,7 +233,7 @@ class ModelRunner:
         tensor.numpy()[...] = array  # by this thread alone, where PyTorch would wake others
         return tensor.to(self.device, non_blocking=True)
 
-    def start_trash_decode(self, num_rows: int) -> Callable[[], Tensor]:
+    def upload_trash_decode(self, num_rows: int) -> Callable[[], Tensor]:
         """Send a decode batch of trash rows to where every decode batch arrives; returns what computes it."""
         packed = pack_batch([TRASH_ROW] * num_rows, self.backend, is_decode=True)
         sent = self.tables.upload(packed)

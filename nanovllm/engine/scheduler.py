@@ -131,7 +131,7 @@ class Scheduler:
             if seq.is_finished:
                 continue
             seq.append(token_id, row, now)
-            if token_id is None:  # the next step has read token 0, and not what stands for it: its block is not cached
+            if token_id is None:  # the next step has read token 0, and not this one: its block is not cached
                 not_drawn.add(seq.request_id)
             elif seq.is_running and seq.num_computed_tokens >= (len(seq.prefix_ids) + 1) * block_size:
                 self.block_manager.register(seq)
@@ -189,7 +189,7 @@ class Scheduler:
             seq.row = self.free_rows.pop()
             step.admitted.append(seq)
             seq.num_computed_tokens = num_cached
-            seq.num_prefill_tokens = len(seq.token_ids)
+            seq.num_admitted_tokens = len(seq.token_ids)
             if seq.num_cached_tokens is None:
                 seq.num_cached_tokens = num_cached
             self.num_prefix_queries += len(seq.token_ids)
@@ -205,7 +205,7 @@ class Scheduler:
         seq.num_computed_tokens += num_tokens
         is_sampled = seq.num_computed_tokens == seq.num_tokens
         chunk = ScheduledChunk(seq, start, num_tokens, is_sampled)
-        if start < seq.num_prefill_tokens:
+        if start < seq.num_admitted_tokens:
             if seq.awaits_prompt_logprobs:
                 first = max(start + 1, len(seq.prompt_logprobs))  # not again what was scored before a preemption
                 chunk.scored = range(first, min(chunk.end + 1, seq.num_prompt_tokens))

@@ -23,8 +23,8 @@ class Sequence:
 
     There is no prefill state and no decode state: `num_computed_tokens` has to catch up with the length.
 
-    `num_pending` counts tokens that are planned or sampled and not yet committed: at most one, and two between planning a step
-    and committing the one before it. `num_prefill_tokens` counts the tokens that were known when the sequence was admitted. The
+    `num_pending` counts tokens that are planned or sampled and not yet committed: 0 or 1, and 2 between planning a step and
+    committing the one before it. `num_admitted_tokens` counts the tokens that were known when the sequence was admitted. The
     CPU sends those; later ones are read on the device, where they were sampled. `row` is its place in the device's tables while
     it runs, and 0 while it waits.
     """
@@ -45,7 +45,7 @@ class Sequence:
     allowed_token_ids: NDArray[np.int64] | None = field(init=False)
     processors: list[tuple[LogitsProcessor, bool]] = field(init=False)  # and whether it takes the prompt
     num_computed_tokens: int = 0
-    num_prefill_tokens: int = 0
+    num_admitted_tokens: int = 0
     num_pending: int = 0
     num_cached_tokens: int | None = None  # prompt tokens that the prefix cache held at the first admission
     block_table: list[int] = field(default_factory=list)
@@ -118,7 +118,7 @@ class Sequence:
     def append(self, token_id: int | None, logprobs: LogprobRow | None, now: float) -> None:
         """Take the pending token and its log-probabilities, and find out whether it ends the completion.
 
-        Where no token could be drawn (None), an allowed one stands for it, and the completion ends.
+        If no token could be drawn (None), an allowed one is appended in its place, and the completion ends.
         """
         is_drawn = token_id is not None
         if token_id is None:

@@ -38,7 +38,7 @@ def start_runner(config: Config, model_config: ModelConfig, tensors: Tensors, gr
     )
     backend = attention.select(config.attention_backend, local_config, group.device, config.kvcache_block_size)
     new_model = partial(config.model_class or Decoder, model_config, backend, group)
-    with torch.device("meta"):
+    with torch.device("meta"):  # names, shapes and bytes, before memory is taken
         planned = new_model(1)
     if tensors:
         match_tensors(planned, tensors)
@@ -52,7 +52,7 @@ def start_runner(config: Config, model_config: ModelConfig, tensors: Tensors, gr
     sizes = graph_sizes(config.max_num_seqs) if model.is_compiled and backend.capturable else []
     runner.allocate_kv_cache(group.least(choose_num_blocks(runner, config, memory, sizes)))
     for size in reversed(sizes):
-        runner.graphs.capture(size, runner.start_trash_decode(size))
+        runner.graphs.capture(size, runner.upload_trash_decode(size))
     runner.warm_up()
     return runner
 
@@ -66,7 +66,7 @@ def load(model: Decoder, config: Config, tensors: Tensors, group: Group) -> None
     if group.device.type == "cpu":
         for module in model.modules():
             if isinstance(module, Linear):
-                module.pack()
+                module.reorder_for_cpu()
     elif kernels.AVAILABLE and not config.enforce_eager:
         model.compile_layers()
 
@@ -78,12 +78,12 @@ def choose_num_blocks(runner: ModelRunner, config: Config, memory: CudaMemory | 
     num_blocks = config.num_kvcache_blocks
     if memory:
         peak = memory.peak_of(lambda: run_largest_steps(runner, config))
-        peak += graph_bytes(runner.start_trash_decode, sizes, runner.device) if sizes else 0
+        peak += graph_bytes(runner.upload_trash_decode, sizes, runner.device) if sizes else 0
         asked = None if num_blocks == -1 else num_blocks * block_bytes
         num_blocks = memory.pool_bytes(config.gpu_memory_utilization, peak, asked) // block_bytes
     elif num_blocks == -1:
         wanted = -(-config.max_num_seqs * max_len // block_size) + 1
-        num_blocks = min(wanted, available_host_memory() // 4 // block_bytes)
+        num_blocks = min(wanted, available_host_memory() // 4 // runner.group.size // block_bytes)
     needed = -(-max_len // block_size) + 1  # and the trash block
     if num_blocks < needed:
         raise ValueError(

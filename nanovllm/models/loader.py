@@ -236,7 +236,7 @@ def _open(file: Path) -> Iterator[Any]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """As transformers: model.safetensors, else the files that the index names. Where it would stop, all that are there."""
+    """As in transformers: model.safetensors, else the files that the index names; without either, all that are there."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         if index.is_file():

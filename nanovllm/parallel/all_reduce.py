@@ -1,12 +1,12 @@
 """A sum over the GPUs of one host, a few microseconds long: the ranks read from and write to each other's memory.
 
-The twin is `Group.all_reduce` over NCCL. In one pass every rank reads all that the others wrote. In two, which more than two
-ranks take for what is not small, each sums its slice of all inputs, and writes the sum over that slice in all of them: no
+The twin is `Group.all_reduce` over NCCL. In one pass every rank reads all that the others wrote. In two
+passes, which more than two ranks take for more than ONE_PASS_BYTES, each sums its slice of all inputs, and writes the sum over that slice in all of them: no
 other rank reads it there before the ranks have met again.
 
 Each rank's memory holds flags, int64 [2 meetings, PROGRAMS, ranks], and then room for two inputs, used in turn. A rank's sums
-run one after the other. When it overwrites the input of turn t-2, every rank has told it that turn t-1 began there, and so that
-turn t-2 is done.
+run one after the other. A rank uses a room again two turns later. By then it has seen every rank's flag of the turn between, so
+that all have read what was there.
 """
 
 import triton

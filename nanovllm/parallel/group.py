@@ -56,7 +56,7 @@ class Group:
             self.backend = dist.ProcessGroupGloo(store, self.rank, self.size, TIMEOUT)
 
     def share(self, count: int, unit: int = 1) -> Share:
-        """This rank's part of `count` things of `unit` entries; of fewer things than ranks, several have the same."""
+        """This rank's part of `count` things of `unit` entries; with fewer things than ranks, several ranks have the same."""
         size = max(1, count // self.size)
         return Share(self.rank * count // self.size * unit, size * unit, count * unit)
 

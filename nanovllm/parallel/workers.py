@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from multiprocessing.connection import Client, Connection, Listener, wait
 
@@ -60,7 +60,7 @@ class Workers:
         prefix = str(self.store.add("nanovllm", 1))
         self.group = Group(config.device_of(0), 0, config.tensor_parallel_size)
         store = dist.PrefixStore(prefix, self.store)
-        with self.all_ranks(pickle.dumps((config, prefix))):
+        with self.all_ranks(pickle.dumps((config, prefix)), is_step=False):
             self._connect(store)
         return self.group
 
@@ -73,24 +73,25 @@ class Workers:
         """As `check`, but an error of the device may come before the news of the rank that caused it."""
         if isinstance(error, RuntimeError | OSError):
             self.has_failed.wait(GRACE_SECONDS)
-        if self.has_failed.is_set():
+        is_input = isinstance(error, ValueError | TypeError)  # which another rank may have refused as well
+        if self.has_failed.is_set() and not is_input:
             raise RuntimeError(self.failure) from error
 
     @contextmanager
-    def all_ranks(self, message: bytes = b"") -> Iterator[None]:
+    def all_ranks(self, message: bytes = b"", is_step: bool = True) -> Iterator[None]:
         """Send a message, if there is one, and do on this rank what the others do then.
 
-        Once a step is sent, every rank must launch all its collectives, or the others deadlock. So Ctrl-C waits until all is
-        launched, and any error ends the model. If a worker has failed, its error is raised.
+        Every rank must launch all its collectives, or the others deadlock: any error ends the model, and Ctrl-C waits until a
+        step is launched. If a worker has failed, its error is raised.
         """
-        with _interrupt_deferred():
+        with _interrupt_deferred() if is_step else nullcontext():
             try:
                 for connection in self.connections if message else []:
                     connection.send_bytes(message)
                 yield
             except BaseException as error:  # what another signal's handler raises too
                 self.blame(error)
-                self.failure = f"rank 0 failed in the middle of a step: {error!r}"
+                self.failure = f"rank 0 failed: {error!r}"
                 self.has_failed.set()
                 self.group.abort()
                 raise
@@ -180,6 +181,7 @@ def start_workers(config: Config) -> Workers:
     """
     if dist.is_torchelastic_launched():
         workers = _join_torchrun(config.tensor_parallel_size)
+        workers.check()
         if workers.group.is_connected:
             raise RuntimeError("torchrun's ranks run one LLM at a time: close the other one first")
         return workers
@@ -217,7 +219,7 @@ def _join_torchrun(size: int) -> Workers:
         connection = Client((host, port), authkey=key.encode())
         set_tcp_options(connection)
         connection.send(rank)
-        serve(connection, store, rank, int(os.environ["LOCAL_RANK"]), size)
+        serve(connection, new_inbox(connection), store, rank, int(os.environ["LOCAL_RANK"]), size)
         os._exit(0)
     host, key = os.environ["MASTER_ADDR"], secrets.token_hex()
     with Listener(("", 0), authkey=key.encode()) as listener:  # a host may know itself by an address that others do not
@@ -241,10 +243,11 @@ def set_tcp_options(connection: Connection) -> None:
                 tcp.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def serve(connection: Connection, store: dist.Store, rank: int, local_rank: int, size: int) -> None:
+Inbox = queue.SimpleQueue[bytes]
+
+
+def serve(connection: Connection, inbox: Inbox, store: dist.Store, rank: int, local_rank: int, size: int) -> None:
     """A worker's whole life: for one model after another, steps until it is closed. Ends with the process."""
-    inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
     try:
         while (message := inbox.get()) != EXIT:
             config, prefix = pickle.loads(message)
@@ -267,17 +270,25 @@ def serve(connection: Connection, store: dist.Store, rank: int, local_rank: int,
         os._exit(1)
 
 
-def _receive(connection: Connection, inbox: "queue.SimpleQueue[bytes]") -> None:
-    """In a thread of its own, so that a worker which waits for its device, or another rank, sees that rank 0 is gone."""
-    try:
-        while True:
-            inbox.put(connection.recv_bytes())
-    except (EOFError, OSError):
-        os._exit(0)
+def new_inbox(connection: Connection) -> Inbox:
+    """Where rank 0's messages come in. When rank 0 is gone, the process ends, whatever it waits for."""
+    inbox: Inbox = queue.SimpleQueue()
+
+    def receive() -> None:
+        try:
+            while True:
+                inbox.put(connection.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(0)
+
+    threading.Thread(target=receive, daemon=True).start()
+    return inbox
 
 
 def main() -> None:
     """What rank 0 starts."""
     rank, size, port, fileno = map(int, sys.argv[1:])
+    connection = Connection(fileno)
+    inbox = new_inbox(connection)  # first: rank 0 may be gone before it is joined
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
-    serve(Connection(fileno), store, rank, rank, size)
+    serve(connection, inbox, store, rank, rank, size)
