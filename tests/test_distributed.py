@@ -451,6 +451,23 @@ def test_sizes_that_cannot_be_cut_are_named(changes, size, tiny_model):
         new_llm(tiny_model("qwen3", **changes), size)
 
 
+def test_what_every_rank_refuses_is_a_value_error(tiny_model):
+    """Whichever of them says so first."""
+    with pytest.raises(ValueError, match="the KV pool has 2 blocks"):
+        new_llm(tiny_model("qwen3"), 2, num_kvcache_blocks=2)
+
+
+def test_a_worker_that_begins_when_rank_0_is_gone_ends():
+    """It would wait minutes for a store that nobody has any more."""
+    ours, theirs = socket.socketpair()
+    command = "from nanovllm.parallel.workers import main; main()"
+    arguments = ["1", "2", "1", str(theirs.fileno())]
+    worker = subprocess.Popen([sys.executable, "-c", command, *arguments], pass_fds=[theirs.fileno()])
+    for end in ours, theirs:
+        end.close()
+    assert worker.wait(60) == 0
+
+
 def test_a_class_that_workers_cannot_import_is_refused(tiny_model, monkeypatch):
     monkeypatch.setattr(FailsAtStart, "__module__", "__main__")
     with pytest.raises(ValueError, match="model_class must be in a module that other processes can import"):
@@ -463,7 +480,7 @@ def test_a_model_that_does_not_fit_says_how_many_ranks_would_do():
         ValueError, match=r"take 73.00 GiB on each of 2 GPUs, .* is 72.00 GiB; tensor_parallel_size must be at least 3"
     ):
         check_weights_fit(73 * GIB, 80 * GIB, 0.9, 2)
-    with pytest.raises(ValueError, match="tensor_parallel_size=8 would fit"):
+    with pytest.raises(ValueError, match="tensor_parallel_size must be at least 7"):
         check_weights_fit(500 * GIB, 80 * GIB, 0.9, 1)
 
 
