@@ -145,6 +145,19 @@ def test_calls_that_overlap_leave_the_garbage_collector_as_it_was():
     assert gc.get_threshold() == thresholds
 
 
+@pytest.mark.parametrize("more", [{}, {"logprobs": 2, "prompt_logprobs": 1}, {"presence_penalty": 1.0}], ids=str)
+def test_steps_leave_nothing_to_the_garbage_collector(more, llm):
+    """A cycle would keep the memory from which a step was sent, so that every step would take more of it."""
+    llm.generate(FEW, greedy(3, **more))
+    gc.collect()
+    gc.disable()
+    try:
+        llm.generate(FEW, greedy(60, **more))
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
 def test_an_error_in_one_thread_is_not_anothers(llm):
     def fail(token_ids, logits):
         raise ValueError("a processor's own")

@@ -2,6 +2,7 @@
 to the device in one copy, and completed there from what the tables know."""
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -144,18 +145,14 @@ class DeviceTables:
         buffer = host.numpy()
         end = 0
 
-        def copy_in(value: Any) -> Any:
+        def copy_in(array: INT) -> Tensor:
             nonlocal end
-            if isinstance(value, np.ndarray):
-                start = -(-end // 4) * 4  # 16 bytes: kernels are compiled for aligned pointers
-                end = start + value.size
-                buffer[start:end] = value.reshape(-1)
-                return self.upload_buffer[start:end].view(value.shape)
-            if isinstance(value, PackedStep | PackedBatch):
-                return type(value)(*map(copy_in, value))
-            return [copy_in(entry) for entry in value] if isinstance(value, list) else value
+            start = -(-end // 4) * 4  # 16 bytes: kernels are compiled for aligned pointers
+            end = start + array.size
+            buffer[start:end] = array.reshape(-1)
+            return self.upload_buffer[start:end].view(array.shape)
 
-        sent = copy_in(packed)
+        sent = replace_arrays(packed, copy_in)
         self.upload_buffer[:end].copy_(host[:end], non_blocking=True)
         return sent
 
@@ -183,6 +180,15 @@ class DeviceTables:
             cpu_context_lens=packed.context_lens,
             work_list=sent.work_list,
         )
+
+
+def replace_arrays(packed: Any, function: Callable[[INT], Tensor]) -> Any:
+    """A PackedStep, or a part of one, with what `function` returns in place of each array, in order."""
+    if isinstance(packed, np.ndarray):
+        return function(packed)
+    if isinstance(packed, PackedStep | PackedBatch):
+        return type(packed)(*(replace_arrays(part, function) for part in packed))
+    return [replace_arrays(part, function) for part in packed] if isinstance(packed, list) else packed
 
 
 def int32(values: ArrayLike) -> INT:
