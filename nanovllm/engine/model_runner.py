@@ -37,6 +37,8 @@ from nanovllm.parallel.group import Group
 
 HEAD_ROWS = 256  # of a prompt go through the head at once
 
+NO_TOKENS = torch.empty(0, dtype=torch.int32)
+
 Logprobs = tuple[Tensor, ...]  # see extras.logprobs.logprobs; empty if nobody asks
 
 
@@ -49,7 +51,7 @@ class StepInFlight:
     rows: Tensor  # [S] int32, of the tables
     positions: Tensor  # [S] int32, of the tokens to be drawn
     prompt_logprobs: list[Logprobs]  # of the tokens that the chunks score, in slices
-    token_ids: Tensor  # [S]
+    token_ids: Tensor = NO_TOKENS  # [S]
     logprobs: Logprobs = ()  # of the sequences that ask for them
     copied: torch.cuda.Event | None = None  # reached when all are on the CPU
 
@@ -159,9 +161,8 @@ class ModelRunner:
         prompt_logprobs = self._score_prompts(packed.scored_slices, sent.scored_ids, hidden[-1])
         last = [h[batch.logits_indices] for h, batch in zip(hidden, sent.batches, strict=True)]
         logits = self._logits(last[0] if len(last) == 1 else torch.cat(last))
-        rows, positions = sent.sampled_rows, sent.sampled_positions
-        none = torch.empty(0, dtype=torch.int32)
-        return StepInFlight(step, logits[: len(rows)], rows, positions, prompt_logprobs, token_ids=none)
+        num_sampled = len(sent.sampled_rows)
+        return StepInFlight(step, logits[:num_sampled], sent.sampled_rows, sent.sampled_positions, prompt_logprobs)
 
     def _compute(self, packed: PackedBatch, sent: PackedBatch) -> Tensor:
         """Hidden states [T, hidden] of a batch."""
@@ -190,8 +191,9 @@ class ModelRunner:
         A sequence that has finished is still sampled; commit ignores its token.
         """
         raw_logits, launched.logits = launched.logits, None  # frees their memory for the next step
+        assert raw_logits is not None, "a step is sampled once"
         sequences = [chunk.seq for chunk in launched.step.sampled]
-        if sequences and raw_logits is not None:
+        if sequences:
             with_extras = [(i, seq) for i, seq in enumerate(sequences) if seq.needs_extras]
             with_rules = [(i, seq) for i, seq in with_extras if seq.has_logit_rules and not seq.is_finished]
             logits = raw_logits
