@@ -13,11 +13,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import transformers
 from helpers import completions, greedy, make_llm
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM
 from nanovllm.attention.reference import ReferenceAttention
@@ -39,7 +39,7 @@ def copied(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Pat
     """`copied(dtype, is_tied, **options)`: a checkpoint that transformers saves with these options; a test may damage it."""
 
     def save(dtype: torch.dtype = torch.float32, is_tied: bool = False, **options: Any) -> Path:
-        model = AutoModelForCausalLM.from_pretrained(tiny_model(tie_word_embeddings=is_tied), dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model(tie_word_embeddings=is_tied), dtype=dtype)
         model.save_pretrained(tmp_path / "model", **options)
         return tmp_path / "model"
 
@@ -120,6 +120,8 @@ def test_a_checkpoint_is_rounded_to_the_dtype_that_is_asked_for(
 def test_a_head_beside_a_tied_embedding_is_used_as_transformers_does(
     copied: Any, head: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    if head in ("different", "alone") and transformers.__version__ < "5":
+        pytest.skip("transformers 4 ties them all the same")
     folder = copied(is_tied=True)
     weight = load_file(folder / WEIGHTS)[EMBEDDING].clone()
     if head == "different":
@@ -128,7 +130,7 @@ def test_a_head_beside_a_tied_embedding_is_used_as_transformers_does(
     decoder = load(folder)
     assert (decoder.lm_head.weight is decoder.embed_tokens.weight) == (head != "different")
     assert ("lm_head.weight is used" in caplog.text) == (head == "different")
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(decoder.lm_head.weight, model.lm_head.weight.data)
     torch.testing.assert_close(decoder.embed_tokens.weight, model.model.embed_tokens.weight.data)
 

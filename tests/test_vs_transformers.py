@@ -11,7 +11,7 @@ from nanovllm import LLM, RequestOutput, SamplingParams
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-VARIANTS = {
+VARIANTS = {  # rope as transformers 4 and 5 both read it
     "qwen3": ("qwen3", {}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3-bias": ("qwen3", {"attention_bias": True}),
@@ -22,13 +22,13 @@ VARIANTS = {
     "llama-tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-head-size": ("llama", {"head_dim": 24}),
-    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e3}}),
-    "llama3": ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32, "rope_theta": 1e4}}),
-    "yarn": ("qwen3", {"rope_parameters": YARN | {"rope_theta": 1e6}}),
-    "yarn-mscale": ("qwen2", {"rope_parameters": YARN | {"rope_theta": 1e4, "mscale": 0.7, "mscale_all_dim": 0.4}}),
+    "linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 5e3}),
+    "llama3": ("llama", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}, "rope_theta": 1e4}),
+    "yarn": ("qwen3", {"rope_scaling": YARN, "rope_theta": 1e6}),
+    "yarn-mscale": ("qwen2", {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4}, "rope_theta": 1e4}),
     "yarn-factor": (
         "llama",
-        {"rope_parameters": YARN | {"rope_theta": 1e4, "attention_factor": 1.3, "beta_fast": 16.0, "truncate": False}},
+        {"rope_scaling": YARN | {"attention_factor": 1.3, "beta_fast": 16.0, "truncate": False}, "rope_theta": 1e4},
     ),
 }
 

