@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm.chat import check_template_options, render
 from nanovllm.checks import check_list, check_type
 from nanovllm.config import Config, check_token_ids
-from nanovllm.engine.llm_engine import LLMEngine, NoFullCollections
+from nanovllm.engine.llm_engine import LLMEngine, no_full_collections
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models.loader import read_model, resolve_model
 from nanovllm.outputs import CompletionOutput, Increment, RequestMetrics, RequestOutput
@@ -68,7 +68,7 @@ class LLM:
         self._eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < model_config.vocab_size)
         self.engine = LLMEngine(self.config, model_config, tensors)
 
-    @NoFullCollections()
+    @no_full_collections()
     def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
         """Complete the prompts; results in their order.
 

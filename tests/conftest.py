@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,16 @@ def demo_model() -> Path:
 @pytest.fixture(scope="module")
 def demo(demo_model: Path) -> LLM:
     return LLM(demo_model, dtype="float32", max_model_len=256, max_num_seqs=16, device="cpu", use_tqdm=False)
+
+
+@pytest.fixture(scope="session")
+def text_model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
+    """A random model with the demo model's tokenizer: quick, and in float32, whose tokens do not depend on the batch."""
+    folder = tmp_path_factory.mktemp("text") / "model"
+    shutil.copytree(tiny_model("llama", vocab_size=49152), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(demo_model / name, folder)
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,7 +7,7 @@ import pytest
 from helpers import FEW, PROMPTS, assert_nothing_leaks, collect, drain, greedy, make_llm, num_unfinished, tokens
 
 from nanovllm import SamplingParams
-from nanovllm.engine.llm_engine import NoFullCollections
+from nanovllm.engine.llm_engine import no_full_collections
 
 
 def in_threads(*calls):
@@ -139,9 +139,11 @@ def test_calls_of_several_threads_wait_for_their_turn_and_are_right(tiny_model):
 
 def test_calls_that_overlap_leave_the_garbage_collector_as_it_was():
     thresholds = gc.get_threshold()
-    first, second = NoFullCollections(), NoFullCollections()
-    for change in first.__enter__, second.__enter__, first.__exit__, second.__exit__:
-        change()
+    first, second = no_full_collections(), no_full_collections()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
     assert gc.get_threshold() == thresholds
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 from functools import cache
@@ -37,21 +36,11 @@ def question(text):
     return [{"role": "user", "content": text}]
 
 
-@pytest.fixture(scope="module")
-def chat_model(tiny_model, tmp_path_factory, demo_model):
-    """A random model with the demo model's tokenizer: quick, and in float32, whose tokens do not depend on the batch."""
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(tiny_model("llama", vocab_size=49152), folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(demo_model / name, folder)
-    return folder
-
-
 # jsonl_batch
 
 
 @pytest.fixture
-def batch_run(chat_model, tmp_path):
+def batch_run(text_model, tmp_path):
     """`batch_run(output)`: what the example writes about 11 rows, 3 at a time; one is too long, one line is blank."""
     lines = [json.dumps({"prompt": f"Number {i} is", "id": f"№ {i}"}) for i in range(8)]
     lines[2] = json.dumps({"messages": question("Why?"), "extra": {"a": [1, None]}}) + "\n"
@@ -61,7 +50,7 @@ def batch_run(chat_model, tmp_path):
     source.write_text("\n".join(lines), encoding="utf-8")
 
     def run(output):
-        options = ["--model", str(chat_model), "--chunk", "3", "--max-tokens", "7", "--temperature", "0.7"]
+        options = ["--model", str(text_model), "--chunk", "3", "--max-tokens", "7", "--temperature", "0.7"]
         load_example("jsonl_batch").main([str(source), str(output), *options])
         return output.read_bytes()
 
@@ -161,16 +150,16 @@ def test_chat_remembers_the_turn_before(exact_demo_model):
     assert second.startswith("The capital of Italy is Rome.")  # alone, the model repeats the second question
 
 
-def test_chat_asks_with_the_whole_conversation(chat_model, monkeypatch, capsys):
+def test_chat_asks_with_the_whole_conversation(text_model, monkeypatch, capsys):
     """But for a question that is too long by itself: it is refused, and the chat goes on."""
     lines = ["One?", "Two?", "long " * 300, "Three?"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-    load_example("chat").main(["--model", str(chat_model), "--system", "Be kind.", "--max-tokens", "6"])
+    load_example("chat").main(["--model", str(text_model), "--system", "Be kind.", "--max-tokens", "6"])
     shown = capsys.readouterr().out.split("\nYou: ")[1:]
     messages = [{"role": "system", "content": "Be kind."}]
     assert "max_model_len=256" in shown.pop(2)
     assert shown.pop() == "\n"
-    with LLM(chat_model, use_tqdm=False) as llm:
+    with LLM(text_model, use_tqdm=False) as llm:
         for line, answer in zip(("One?", "Two?", "Three?"), shown, strict=True):
             messages += question(line)
             (output,) = llm.chat(messages, greedy(6), use_tqdm=False)
@@ -178,12 +167,12 @@ def test_chat_asks_with_the_whole_conversation(chat_model, monkeypatch, capsys):
             assert answer == f"Model: {output['text']}\n"
 
 
-def test_chat_leaves_out_the_oldest_turns(chat_model):
+def test_chat_leaves_out_the_oldest_turns(text_model):
     """Of three turns of 100 tokens and a question one turn is left in 256 tokens, of which 100 are the answer's."""
     make_prompt = load_example("chat").make_prompt
     turns = [{"role": role, "content": f"{i} " + "word " * 50} for i in "123" for role in ("user", "assistant")]
     turns += question("And now?")
-    with LLM(chat_model, use_tqdm=False) as llm:
+    with LLM(text_model, use_tqdm=False) as llm:
         text = llm.tokenizer.decode(prompt := make_prompt(llm, question("Hm"), turns, max_tokens=100))
     assert len(prompt) <= 156
     assert [text.count(f"\n{i} word") for i in "123"] == [0, 0, 2]
@@ -203,11 +192,11 @@ def test_chat_keeps_what_was_said_when_interrupted(capsys):
 # stream
 
 
-def test_stream_gives_the_texts_of_generate(chat_model, capsys):
+def test_stream_gives_the_texts_of_generate(text_model, capsys):
     stream = load_example("stream")
-    texts = stream.main(["--model", str(chat_model), "--max-tokens", "12"])
+    texts = stream.main(["--model", str(text_model), "--max-tokens", "12"])
     shown = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith(("'", '"'))]
-    with LLM(chat_model, use_tqdm=False) as llm:
+    with LLM(text_model, use_tqdm=False) as llm:
         chats = [question(text) for text in stream.QUESTIONS]
         outputs = llm.chat(chats, greedy(12), use_tqdm=False)
     assert texts == [output["text"] for output in outputs]
@@ -264,11 +253,11 @@ def test_score_ranks(demo_model, capsys):
 # best_of_n
 
 
-def test_best_of_n_is_the_likeliest(chat_model, capsys):
+def test_best_of_n_is_the_likeliest(text_model, capsys):
     best_of_n = load_example("best_of_n")
     asked = "Name a colour."
-    ranked = best_of_n.main([asked, "--n", "6", "--max-tokens", "10", "--model", str(chat_model)])
-    with LLM(chat_model, use_tqdm=False) as llm:
+    ranked = best_of_n.main([asked, "--n", "6", "--max-tokens", "10", "--model", str(text_model)])
+    with LLM(text_model, use_tqdm=False) as llm:
         prompt = llm.tokenizer.apply_chat_template(question(asked), add_generation_prompt=True, return_dict=False)
         params = greedy(1, prompt_logprobs=0)
         means = []

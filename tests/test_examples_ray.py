@@ -36,16 +36,6 @@ def ray_batch():
     return module
 
 
-@pytest.fixture(scope="module")
-def text_model(tiny_model, tmp_path_factory, demo_model):
-    """A random model with the demo model's tokenizer, in float32, whose tokens do not depend on the batch."""
-    folder = tmp_path_factory.mktemp("text") / "model"
-    shutil.copytree(tiny_model("llama", vocab_size=49152), folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(demo_model / name, folder)
-    return folder
-
-
 def write_jsonl(file, rows):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

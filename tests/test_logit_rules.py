@@ -1,5 +1,6 @@
 """Penalties, bias, bans and processors: the numbers are transformers' or the formula's, and rows do not mix."""
 
+from array import array
 from functools import partial
 
 import numpy as np
@@ -17,7 +18,7 @@ PROMPT, COMPLETION = [3, 4, 4, 9], [9, 9, 1]
 
 
 def make_sequence(completion=COMPLETION, **params):
-    seq = Sequence(0, list(PROMPT), SamplingParams(**params), seed=0, max_tokens=64)
+    seq = Sequence(0, array("i", PROMPT), SamplingParams(**params), seed=0, max_tokens=64)
     for token_id in completion:
         seq.append(token_id, None, 0.0)
     return seq

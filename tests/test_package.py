@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.lines import lines_by_file
+from tools.lines import core_of, lines_by_file
 
 ROOT = Path(__file__).parent.parent
 NEEDS = {  # what is imported only where it is used
@@ -73,6 +73,6 @@ def test_the_readmes_reading_order_has_the_cores_files_and_their_lines():
     section = readme.split("### Where to begin reading")[1].split("###")[0]
     given = {file: int(num) for file, num in re.findall(r"`([\w/]+\.py)`\s(\d+)", section)}
     lines = lines_by_file()
-    core = {file: num for file, num in lines.items() if not file.startswith(("extras", "parallel")) and num}
+    core = {file: num for file, num in core_of(lines).items() if num}
     assert given == {file: num for file, num in core.items() if file not in ("__init__.py", "kernels/__init__.py")}
     assert f"| {sum(core.values()):,} in the core, {sum(lines.values()):,} in all |" in readme

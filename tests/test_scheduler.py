@@ -1,6 +1,7 @@
 """Scheduler and block manager alone, against a fake device that checks every KV slot that a step reads."""
 
 import random
+from array import array
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from nanovllm.engine.sequence import Sequence
 
 
 def sequence(token_ids, request_id=0, max_tokens=1, **fields):
-    return Sequence(request_id, list(token_ids), SamplingParams(max_tokens=max_tokens), 0, max_tokens, **fields)
+    return Sequence(request_id, array("i", token_ids), SamplingParams(max_tokens=max_tokens), 0, max_tokens, **fields)
 
 
 def next_token(token_ids):
@@ -181,7 +182,7 @@ def test_admission_comes_in_bunches():
 
 def test_what_was_read_of_a_prompt_before_a_preemption_is_not_read_again():
     params = SamplingParams(max_tokens=1, prompt_logprobs=0)
-    seq = Sequence(0, list(range(10)), params, 0, 1, prompt_logprobs=[None, {1: 0.0}, {2: 0.0}, {3: 0.0}])
+    seq = Sequence(0, array("i", range(10)), params, 0, 1, prompt_logprobs=[None, {1: 0.0}, {2: 0.0}, {3: 0.0}])
     scheduler = Scheduler(BlockManager(100, 4), max_num_seqs=1, max_num_batched_tokens=6)
     scheduler.add(seq)
     reads = [chunk.scored for step in (scheduler.schedule(), scheduler.schedule()) for chunk in step.chunks]

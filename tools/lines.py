@@ -28,12 +28,16 @@ def lines_by_file() -> dict[str, int]:
     return {file.relative_to(PACKAGE).as_posix(): count_lines(file.read_text(encoding="utf-8")) for file in files}
 
 
+def core_of(lines: dict[str, int]) -> dict[str, int]:
+    """Those files of `lines_by_file` that are the core's."""
+    return {file: num for file, num in lines.items() if not file.startswith(NOT_CORE)}
+
+
 def main() -> None:
     lines = lines_by_file()
     for file, num in lines.items():
         print(f"{num:5}  {file}")
-    core = sum(num for file, num in lines.items() if not file.startswith(NOT_CORE))
-    print(f"{core:5}  the core\n{sum(lines.values()):5}  in all")
+    print(f"{sum(core_of(lines).values()):5}  the core\n{sum(lines.values()):5}  in all")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import ContextDecorator, closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 # More tokens in a step only leave a CPU's caches: prompts of 16 to 256 tokens ran 10 % faster than in one large step.
 CPU_STEP_TOKENS = 1024
 
+_collecting = threading.Lock()
+_thresholds: list[tuple[int, int, int]] = []  # the collector's, as each that changes them found them
+
 
 class LLMEngine:
     """Owns one model's scheduler and runner."""
@@ -52,9 +55,10 @@ class LLMEngine:
 
             self.workers = start_workers(config)
         self.runner: ModelRunner | None = None
+        device = config.device_of(0)
         try:
-            with _on_device(config.device_of(0)), NoFullCollections():
-                group = self.workers.begin(config) if self.workers else Group(config.device_of(0))
+            with _on_device(device), no_full_collections():
+                group = self.workers.begin(config) if self.workers else Group(device)
                 with self.workers.all_ranks(is_step=False) if self.workers else nullcontext():
                     self.runner = start_runner(config, self.model_config, tensors, group)
         except BaseException:
@@ -225,25 +229,17 @@ def _on_device(device: torch.device) -> Iterator[None]:
         yield
 
 
-class NoFullCollections(ContextDecorator):
+@contextmanager
+def no_full_collections() -> Iterator[None]:
     """Meanwhile the garbage collector looks at new objects only, in all threads. With millions of live objects, as of compilers
     and log-probabilities, a full collection takes 0.1 to 0.3 s."""
-
-    lock = threading.Lock()
-    num_entered = 0
-    thresholds = (0, 0, 0)  # before the first one entered
-
-    def __enter__(self) -> None:
-        cls = NoFullCollections
-        with cls.lock:
-            if cls.num_entered == 0:
-                cls.thresholds = gc.get_threshold()
-                gc.set_threshold(*cls.thresholds[:2], 10**9)
-            cls.num_entered += 1
-
-    def __exit__(self, *_: object) -> None:
-        cls = NoFullCollections
-        with cls.lock:
-            cls.num_entered -= 1
-            if cls.num_entered == 0:
-                gc.set_threshold(*cls.thresholds)
+    with _collecting:
+        _thresholds.append(gc.get_threshold())
+        gc.set_threshold(*_thresholds[-1][:2], 10**9)
+    try:
+        yield
+    finally:
+        with (
+            _collecting
+        ):  # calls of several threads overlap: the one that ends last takes back what the first one found
+            gc.set_threshold(*_thresholds.pop())

@@ -124,15 +124,15 @@ class ModelRunner:
             trash = [ScheduledChunk(TRASH, 0, num_padding, is_sampled=False)] if num_padding else []
             batches.append(pack_batch(chunks + trash, self.backend, is_decode=False))
         rows, indices, blocks = int32(step.block_updates).reshape(-1, 3).T
-        vocab_size = self.model_config.vocab_size
+        vocab_size, sampled = self.model_config.vocab_size, step.sampled
         return PackedStep(
             batches=batches,
             table_indices=rows * self.tables.blocks_per_row + indices,
             table_blocks=blocks,
             new_rows=int32([seq.row for seq in step.admitted]),
             new_sampling=int32([pack_sampling(seq.params, seq.seed, vocab_size) for seq in step.admitted]),
-            sampled_rows=int32([chunk.seq.row for chunk in step.sampled]),
-            sampled_positions=int32([chunk.end for chunk in step.sampled]),
+            sampled_rows=int32([chunk.seq.row for chunk in sampled]),
+            sampled_positions=int32([chunk.end for chunk in sampled]),
             scored_slices=self._scored_slices(chunks),
             scored_ids=int32([chunk.seq.token_ids[i] for chunk in chunks for i in chunk.scored]),
         )

@@ -63,7 +63,6 @@ class Sequence:
 
     def __post_init__(self) -> None:
         p = self.params
-        self.token_ids = array("i", self.token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.stop_token_ids = frozenset(p.stop_token_ids or ())
         self.allowed_token_ids = np.array(p.allowed_token_ids) if p.allowed_token_ids else None
