@@ -194,14 +194,6 @@ def test_bfloat16_stays_close_to_the_reference_up_to_32000_tokens(backend, tiny_
     assert (ours - reference).abs().mean(dim=1).max() <= 0.05
 
 
-def test_flash_attn_refuses_what_it_cannot_do(tiny_model):
-    pytest.importorskip("flash_attn", reason="needs flash-attn")
-    with pytest.raises(ValueError, match=r"kvcache_block_size must be 256 .* got 16"):
-        gpu_llm(tiny_model(), attention_backend="flash-attn", dtype="bfloat16", kvcache_block_size=16)
-    with pytest.raises(ValueError, match=r"bfloat16 or float16, got torch\.float32"):
-        gpu_llm(tiny_model(), attention_backend="flash-attn")
-
-
 def test_flash_attn_keeps_a_request_of_nans_apart(tiny_model, tmp_path):
     """In bfloat16, where tokens depend on the batch: no other request has a NaN, in the same call or the next one."""
     pytest.importorskip("flash_attn")

@@ -18,11 +18,11 @@ import itertools, json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nanovllm.attention.triton import decode_tiles, prefill_tiles
+from nanovllm.attention.triton import decode_tiles, prompt_tiles
 from nanovllm.parallel.all_reduce import all_reduce_kernel
 from nanovllm.kernels.gumbel import gumbel_max_kernel, unpack_kernel
 from nanovllm.extras.logprobs_kernel import norm_and_rank_kernel
-from nanovllm.kernels.paged_attention import attention_kernel
+from nanovllm.kernels.paged_attention import decode_attention_kernel, prompt_attention_kernel
 from nanovllm.kernels.rotary_store import norm_rotate_store_kernel
 from nanovllm.extras.truncation_kernel import UNUSED_BITS, least_kept_kernel
 
@@ -41,15 +41,23 @@ def memory(kernel, capability, types, constants, **options):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
 def attention_memory(is_decode, capability, head_dim, group, dtype):
-    tiles = (decode_tiles if is_decode else prefill_tiles)(head_dim, group, getattr(torch, dtype))
+    data_type, kernel = getattr(torch, dtype), decode_attention_kernel if is_decode else prompt_attention_kernel
+    if is_decode:
+        tiles = decode_tiles(head_dim, group, data_type)
+    else:
+        tiles = prompt_tiles(head_dim, group, data_type, 64, capability)
+    options = {name: tiles.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if tiles.get(name)}
     constants = {
         "BLOCK_SIZE": 64, "H_KV": 8, "G": group, "D": head_dim, "DP": triton.next_power_of_2(head_dim),
-        "PRECISION": "ieee" if dtype == "float32" else "tf32", "M": tiles.pop("M"), "N": tiles.pop("N"),
-        "IS_DECODE": is_decode,
+        "PRECISION": "ieee" if dtype == "float32" else "tf32", **tiles,
     }
     types = dict.fromkeys(("q_ptr", "k_cache", "v_cache", "out_ptr"), "*" + TYPES[dtype])
     types |= {"partial_out": "*fp32", "partial_lse": "*fp32", "scale": "fp32", "q_stride": "i32", "table_stride": "i32"}
-    return memory(attention_kernel, capability, types, constants, **tiles)
+    if tiles.get("HAS_DESCRIPTORS"):
+        types |= dict.fromkeys(("k_tiles", "v_tiles"), f"tensordesc<{TYPES[dtype]}[{tiles['N']}, {head_dim}]>")
+    else:
+        constants |= {"k_tiles": None, "v_tiles": None}
+    return memory(kernel, capability, types, constants, **options)
 
 def other_memory(kernel, capability, dtype):
     constants = {

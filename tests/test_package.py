@@ -13,7 +13,7 @@ from tools.lines import core_of, lines_by_file
 
 ROOT = Path(__file__).parent.parent
 NEEDS = {  # what is imported only where it is used
-    "nanovllm.attention.flash": ["flash_attn", "triton"],
+    "nanovllm.attention.flash": ["triton"],
     "nanovllm.attention.triton": ["triton"],
     "nanovllm.kernels.gumbel": ["triton"],
     "nanovllm.extras.logprobs_kernel": ["triton"],

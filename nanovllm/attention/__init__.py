@@ -1,6 +1,6 @@
 """Attention backends: how queries meet the paged KV cache. `select` picks one; the decoder is handed it."""
 
-from importlib.util import find_spec
+from contextlib import suppress
 
 import torch
 
@@ -15,30 +15,30 @@ __all__ = ["AttentionBackend", "select"]
 def select(
     name: str | AttentionBackend, config: ModelConfig, device: torch.device, block_size: int | None = None
 ) -> AttentionBackend:
-    """The backend called `name` for a model, or `name` if it is one; "auto" is the fastest: Triton on a GPU, else the
-    reference.
+    """The backend called `name` for a model, or `name` if it is one. "auto" is the fastest: on a GPU flash-attn-4 where it is
+    installed and runs, else Triton; elsewhere the reference.
 
     Raises:
         ValueError: the backend is not installed, or runs no such model, device or `block_size`.
     """
     if not isinstance(name, str):
         return name
-    if name == "auto":
+    is_auto = name == "auto"
+    if is_auto:
         on_gpu = device.type == "cuda" and kernels.AVAILABLE and config.head_dim <= kernels.MAX_HEAD_DIM
         name = "triton" if on_gpu else "reference"
     if name == "reference":
         return ReferenceAttention()
-    installed = {"triton": kernels.AVAILABLE, "flash-attn": find_spec("flash_attn") is not None}
-    for package in ("triton", name):  # flash-attn stores with a Triton kernel
-        if not installed[package]:
-            raise ValueError(
-                f"attention_backend={name!r} needs the package {package}, which is not installed; "
-                "'auto' takes what is there"
-            )
-    if name == "triton":
-        from nanovllm.attention.triton import TritonAttention
+    if not kernels.AVAILABLE:
+        raise ValueError(
+            f"attention_backend={name!r} needs the package triton, which is not installed; 'auto' takes what is there"
+        )
+    from nanovllm.attention import flash
+    from nanovllm.attention.triton import TritonAttention
 
-        return TritonAttention(config, device)
-    from nanovllm.attention.flash import FlashAttention
-
-    return FlashAttention(config, device, block_size)
+    if name == "flash-attn":
+        return flash.FlashAttention(config, device, block_size)
+    if is_auto and flash.installed_version(device) == 4:
+        with suppress(ValueError):  # another data type, head size or block size
+            return flash.FlashAttention(config, device, block_size)
+    return TritonAttention(config, device, block_size)

@@ -1,35 +1,40 @@
-"""The flash-attn backend: the package's kernels (FlashAttention-2, Dao, arXiv 2307.08691) on the paged cache."""
+"""The flash-attn backend: chunks of prompts by its package's kernels on the paged cache; decode rows by our own, which are faster.
 
-from typing import NamedTuple
+The package is flash-attn-4, on Hopper the method of FlashAttention-3 (Shah et al., arXiv 2407.08608), or where that does not run
+flash-attn 2 (Dao, arXiv 2307.08691).
+"""
+
+import os
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 from torch import Tensor
 
-from nanovllm.attention.backend import AttentionBackend
+from nanovllm.attention.triton import TritonAttention
 from nanovllm.config import ModelConfig
 from nanovllm.engine.batch import INT, Batch
 from nanovllm.kernels import MAX_HEAD_DIM
-from nanovllm.kernels.rotary_store import norm_rotate_store
+
+BLOCK_SIZES = {4: 128, 2: 256}  # in which the packages' kernels are fastest, or run at all
 
 
 class SequenceTables(NamedTuple):
     """What flash-attn asks for, the same in every layer."""
 
     block_tables: Tensor  # [B, blocks of the longest sequence] int32, the batch's own
+    unwritten: Tensor  # slots behind the sequences' last tokens in their last blocks; those of written tokens are 0, in the trash
     max_query_len: int
     max_context_len: int
 
 
-class FlashAttention(AttentionBackend):
-    """bfloat16 and float16, in blocks of 256 tokens."""
+class FlashAttention(TritonAttention):
+    """bfloat16 and float16, in blocks of 128 tokens with flash-attn-4 and of 256 with flash-attn 2."""
 
-    block_size = 256
-    capturable = True
-    store = staticmethod(norm_rotate_store)
-
-    def __init__(self, config: ModelConfig, device: torch.device, block_size: int | None):
+    def __init__(self, config: ModelConfig, device: torch.device, block_size: int | None = None):
         if device.type != "cuda":
             raise ValueError(f"attention_backend='flash-attn' needs a GPU, got device {str(device)!r}")
         if config.head_dim > MAX_HEAD_DIM or config.head_dim % 8:
@@ -38,41 +43,73 @@ class FlashAttention(AttentionBackend):
             )
         if config.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"attention_backend='flash-attn' needs bfloat16 or float16, got {config.dtype}")
+        self.version = installed_version(device)
+        if self.version is None:
+            raise ValueError(
+                "attention_backend='flash-attn' needs the package flash-attn-4 and a GPU of compute capability 9.0 or 10.x, or "
+                "the package flash-attn, which is version 2; 'auto' takes what is there"
+            )
+        self.block_size = BLOCK_SIZES[self.version]
         if block_size not in (None, self.block_size):
             raise ValueError(
-                f"kvcache_block_size must be {self.block_size} with attention_backend='flash-attn', got {block_size}"
+                f"kvcache_block_size must be {self.block_size} with attention_backend='flash-attn' (version "
+                f"{self.version}), got {block_size}"
             )
+        super().__init__(config, device, self.block_size)
+        if self.version == 4:
+            os.environ.setdefault(
+                "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1"
+            )  # it keeps what it compiles; read at import
+            from flash_attn.cute import flash_attn_varlen_func
+        else:
+            from flash_attn import flash_attn_varlen_func
+        self.attend_to_chunks = flash_attn_varlen_func
 
     def plan(self, is_decode: bool, query_lens: INT, context_lens: INT) -> list[INT]:
         """For chunks, where each begins in the queries and in the keys, and where the last one ends."""
         if is_decode:
-            return []
+            return super().plan(is_decode, query_lens, context_lens)
         return [np.concatenate(([0], lens.cumsum())).astype(np.int32) for lens in (query_lens, context_lens)]
 
-    def prepare(self, batch: Batch) -> SequenceTables:
+    def prepare(self, batch: Batch) -> Any:
+        if batch.is_decode:
+            return super().prepare(batch)
         tables = batch.block_tables.index_select(0, batch.rows)
-        return SequenceTables(tables, int(batch.query_lens.max()), int(batch.cpu_context_lens.max()))
+        lasts = (batch.context_lens - 1).long().unsqueeze(1)  # [B, 1], the positions of the last tokens
+        offsets = torch.arange(batch.block_size, device=lasts.device)
+        slots = tables.gather(1, lasts // batch.block_size) * batch.block_size + offsets
+        unwritten = torch.where(offsets > lasts % batch.block_size, slots, 0).flatten()
+        return SequenceTables(tables, unwritten, int(batch.query_lens.max()), int(batch.cpu_context_lens.max()))
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:
-        shared: SequenceTables = batch.attn_metadata
         if batch.is_decode:
-            return flash_attn_with_kvcache(
-                q.unsqueeze(1),
-                k_cache,
-                v_cache,
-                cache_seqlens=batch.context_lens,
-                block_table=shared.block_tables,
-                causal=True,
-            ).squeeze(1)
+            return super().attend(q, k_cache, v_cache, batch)
         query_starts, key_starts = batch.work_list
-        return flash_attn_varlen_func(
+        tables, unwritten, max_query_len, max_context_len = batch.attn_metadata
+        options = {"cu_seqlens_k": key_starts, "block_table": tables}
+        if self.version == 4:
+            # It multiplies whatever lies there with 0, and another request may have left a NaN.
+            v_cache.flatten(0, 1).index_fill_(0, unwritten, 0)
+            options = {"seqused_k": batch.context_lens, "page_table": tables}
+        out = self.attend_to_chunks(
             q,
             k_cache,
             v_cache,
             cu_seqlens_q=query_starts,
-            cu_seqlens_k=key_starts,
-            max_seqlen_q=shared.max_query_len,
-            max_seqlen_k=shared.max_context_len,
-            block_table=shared.block_tables,
+            max_seqlen_q=max_query_len,
+            max_seqlen_k=max_context_len,
             causal=True,
+            **options,
         )
+        return out[0] if self.version == 4 else out
+
+
+def installed_version(device: torch.device) -> int | None:
+    """The flash-attn for a GPU: 4 where it is installed and has kernels for a paged cache, else 2, if that is."""
+    with suppress(PackageNotFoundError):
+        version("flash-attn-4")
+        if torch.cuda.get_device_capability(device)[0] in (9, 10):
+            return 4
+    package = find_spec("flash_attn")
+    # flash-attn-4 alone makes it a namespace, which has no file.
+    return 2 if package is not None and package.origin is not None else None
