@@ -292,7 +292,7 @@ class LLM:
         checked: set[int] = set()
         requests = []
         for name, text, token_ids, params in parsed:
-            token_ids = next(tokenized) if token_ids is None else token_ids
+            token_ids = array("i", next(tokenized)) if token_ids is None else token_ids
             check_request(name, token_ids, vocab_size, max_len)
             if id(params) not in checked:  # one object may serve all prompts
                 check_params(name, params, vocab_size, self._eos_token_ids)
@@ -302,7 +302,7 @@ class LLM:
             requests.append(self._make_samples(text, token_ids, params))
         return requests
 
-    def _make_samples(self, prompt: str | None, token_ids: list[int], params: SamplingParams) -> list[Sequence]:
+    def _make_samples(self, prompt: str | None, token_ids: "array[int]", params: SamplingParams) -> list[Sequence]:
         """The `n` sequences of a request."""
         others = replace(params, prompt_logprobs=None) if params.n > 1 else params
         seed = self._random.getrandbits(63) if params.seed in (None, -1) else params.seed
@@ -312,7 +312,7 @@ class LLM:
         for i in range(params.n):
             seq = Sequence(
                 request_id=request_id,
-                token_ids=array("i", token_ids),
+                token_ids=token_ids[:],
                 # one that does not depend on n, the same in every process
                 seed=seed if i == 0 else random.Random(f"{seed}, sample {i}").getrandbits(63),
                 params=params if i == 0 else others,

@@ -1,11 +1,13 @@
 """Prompts: everything that users may pass to generate(), made into one form and checked before anything runs."""
 
-import operator
 import re
+from array import array
 from collections.abc import Mapping, Set
 from collections.abc import Sequence as Seq
 from numbers import Integral
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from nanovllm.checks import check_int, check_list, check_type
 from nanovllm.sampling_params import SamplingParams
@@ -21,7 +23,7 @@ class Request(NamedTuple):
 
     name: str  # what errors call it
     text: str | None
-    token_ids: list[int] | None
+    token_ids: Any  # array of int32, or None
     params: SamplingParams
 
 
@@ -39,12 +41,13 @@ def parse_requests(prompts: Prompts, params: Params) -> list[Request]:
     return [_parse(f"prompts[{i}]", every[i], params[i]) for i in range(len(every))]
 
 
-def check_request(name: str, token_ids: list[int], vocab_size: int, max_len: int) -> None:
+def check_request(name: str, token_ids: "array[int]", vocab_size: int, max_len: int) -> None:
     """Raise unless a model of this vocabulary and length can run the prompt."""
     if not token_ids:
         raise ValueError(f"{name} is empty: a prompt needs at least one token")
-    for token_id in (min(token_ids), max(token_ids)):
-        check_int(f"token ids of {name}", token_id, 0, vocab_size - 1)
+    ids = np.asarray(token_ids)
+    for token_id in ids.min(), ids.max():
+        check_int(f"token ids of {name}", int(token_id), 0, vocab_size - 1)
     if len(token_ids) >= max_len:
         raise ValueError(f"{name} has {len(token_ids)} tokens; max_model_len={max_len} leaves no room for more")
 
@@ -77,9 +80,15 @@ def _parse(name: str, prompt: Any, params: SamplingParams) -> Request:
             raise ValueError(f"{name} must be text in Unicode, got half a surrogate pair in {text!r:.200}")
     else:
         try:
-            if isinstance(token_ids, NO_LISTS) or bool in map(type, token_ids := list(token_ids)):
+            if isinstance(token_ids, NO_LISTS):
                 raise TypeError
-            token_ids = list(map(operator.index, token_ids))
+            array_of_ids = array("i", token_ids)
+            # A bool is 0 or 1 in it: only then is every type looked at, which takes as long as the rest.
+            if array_of_ids and np.asarray(array_of_ids).min() <= 1 and bool in map(type, token_ids):
+                raise TypeError
+            token_ids = array_of_ids
         except TypeError:
             raise TypeError(f"{name} must be text or a list of token ids, got {token_ids!r:.200}") from None
+        except OverflowError:  # `check_request` names the id, which is in no vocabulary
+            token_ids = list(token_ids)
     return Request(name, text, token_ids, params)

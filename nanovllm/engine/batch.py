@@ -101,9 +101,7 @@ def pack_batch(chunks: list[ScheduledChunk], backend: "AttentionBackend", is_dec
     query_lens = int32([chunk.num_tokens for chunk in chunks])
     context_lens = int32([chunk.start for chunk in chunks]) + query_lens
     token_rows, ends = np.repeat(rows, query_lens), query_lens.cumsum()
-    input_ids: list[int] = []
-    for chunk in chunks if not is_decode else ():
-        input_ids += chunk.seq.token_ids[chunk.start : chunk.end]
+    input_ids = [] if is_decode else [np.asarray(chunk.seq.token_ids)[chunk.start : chunk.end] for chunk in chunks]
     return PackedBatch(
         is_decode=is_decode,
         rows=rows,
@@ -111,7 +109,7 @@ def pack_batch(chunks: list[ScheduledChunk], backend: "AttentionBackend", is_dec
         query_lens=query_lens,
         token_rows=token_rows,
         positions=int32(np.arange(len(token_rows)) + np.repeat(context_lens - ends, query_lens)),
-        input_ids=int32(input_ids),
+        input_ids=np.concatenate([int32([]), *input_ids]),
         work_list=backend.plan(is_decode, query_lens, context_lens),
         logits_indices=int32(ends[[chunk.is_sampled for chunk in chunks]] - 1),
     )
