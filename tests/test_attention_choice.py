@@ -90,6 +90,15 @@ def test_flash_attn_by_name_is_the_one_that_runs_here(capability, packages, bloc
         attention.select("flash-attn", config(), CUDA, 16)
 
 
+def test_a_package_that_cannot_be_imported_is_passed_over_with_a_warning(machine, tmp_path, caplog):
+    machine((9, 0), "triton", "flash-attn-4")
+    (tmp_path / "flash_attn/cute/__init__.py").write_text("import no_such_module")
+    assert type(attention.select("auto", config(), CUDA)) is TritonAttention
+    assert "No module named 'no_such_module'" in caplog.text
+    with pytest.raises(ValueError, match="cannot be imported: No module named 'no_such_module'"):
+        attention.select("flash-attn", config(), CUDA)
+
+
 @pytest.mark.parametrize(
     ("name", "capability", "packages", "missing"),
     [

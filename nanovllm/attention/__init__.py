@@ -1,6 +1,6 @@
 """Attention backends: how queries meet the paged KV cache. `select` picks one; the decoder is handed it."""
 
-from contextlib import suppress
+import logging
 
 import torch
 
@@ -10,6 +10,8 @@ from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.config import ModelConfig
 
 __all__ = ["AttentionBackend", "select"]
+
+logger = logging.getLogger(__name__)
 
 
 def select(
@@ -39,6 +41,8 @@ def select(
     if name == "flash-attn":
         return flash.FlashAttention(config, device, block_size)
     if is_auto and flash.installed_version(device) == 4:
-        with suppress(ValueError):  # another data type, head size or block size
+        try:
             return flash.FlashAttention(config, device, block_size)
+        except ValueError as error:
+            logger.warning("flash-attn-4 is installed and not used: %s", error)
     return TritonAttention(config, device, block_size)

@@ -6,6 +6,7 @@ flash-attn 2 (Dao, arXiv 2307.08691).
 
 import os
 from contextlib import suppress
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -56,14 +57,12 @@ class FlashAttention(TritonAttention):
                 f"{self.version}), got {block_size}"
             )
         super().__init__(config, device, self.block_size)
-        if self.version == 4:
-            os.environ.setdefault(
-                "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1"
-            )  # it keeps what it compiles; read at import
-            from flash_attn.cute import flash_attn_varlen_func
-        else:
-            from flash_attn import flash_attn_varlen_func
-        self.attend_to_chunks = flash_attn_varlen_func
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # keeps what it compiles; read at import
+        try:
+            package = import_module("flash_attn.cute" if self.version == 4 else "flash_attn")
+        except ImportError as error:
+            raise ValueError(f"attention_backend='flash-attn': its package cannot be imported: {error}") from error
+        self.attend_to_chunks = package.flash_attn_varlen_func
 
     def plan(self, is_decode: bool, query_lens: INT, context_lens: INT) -> list[INT]:
         """For chunks, where each begins in the queries and in the keys, and where the last one ends."""
