@@ -60,8 +60,7 @@ class LLM:
         self._tokenizer = load_tokenizer(self._tokenizer_folder)
         self._token_texts = None if self._tokenizer is None else TokenTexts(self._tokenizer)
         self._ids = count()
-        self._added: set[int] = set()  # requests of `add_request` that `step` has not returned
-        self._ended_added: dict[Sequence, None] = {}  # those of their sequences that have ended
+        self._ended: dict[Sequence, None] = {}  # sequences of `add_request` that have ended and `step` has not returned
         self._random = random.Random(self.config.seed)
         eos_token_ids = check_token_ids("the tokenizer's eos_token_id", getattr(self._tokenizer, "eos_token_id", None))
         eos_token_ids |= model_config.eos_token_ids
@@ -92,6 +91,7 @@ class LLM:
 
     def _complete(self, requests: dict[int, list[Sequence]], use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[int, RequestOutput] = {}
+        ended: dict[Sequence, None] = {}
 
         def collect(request_ids: Iterable[int]) -> None:
             """Make the outputs of those requests that are done."""
@@ -101,14 +101,14 @@ class LLM:
                     outputs[request_id] = self._make_output(request)
 
         try:
-            self._add(requests.values())
+            self._add(requests.values(), ended)
             num_tokens: Counter[str] = Counter()
-            options: dict[str, Any] = {"desc": "Generating", "unit": "request", "disable": not use_tqdm}
-            with progress_bar(total=len(requests), **options) as bar:
+            with progress_bar(total=len(requests), desc="Generating", unit="request", disable=not use_tqdm) as bar:
                 while len(outputs) < len(requests) and self.engine.scheduler.has_unfinished:
                     step = self.engine.step()
                     num_tokens.update(prefill=step.num_prefill_tokens, decode=step.num_decode_tokens)
-                    collect({seq.request_id for seq in self._take_ended()} & requests.keys())
+                    collect({seq.request_id for seq in ended})
+                    ended.clear()
                     if use_tqdm:
                         self._show(bar, len(outputs), num_tokens)
         except BaseException as error:
@@ -159,17 +159,19 @@ class LLM:
     def _increments(self, requests: list[list[Sequence]]) -> Iterator[Increment]:
         places = {seq: (i, j) for i, request in enumerate(requests) for j, seq in enumerate(request)}
         num_given = dict.fromkeys(places, 0)  # tokens, of the sequences that have more to give
+        ended: dict[Sequence, None] = {}
         try:
             with self._turn:
-                self._add(requests)
-                num_steps = self.engine.num_steps
+                self._add(requests, ended)
             while num_given:
                 with self._turn:
-                    others_ran = self.engine.num_steps != num_steps  # and may have taken what ended of this stream
-                    changed = self._changed(num_given if others_ran else ())
-                    num_steps = self.engine.num_steps
+                    if not all(seq.is_finished for seq in ended):
+                        raise RuntimeError("an error in another call has dropped this stream's requests")
+                    self.engine.step()
+                    changed = {*self.engine.scheduler.running, *ended} & num_given.keys()
+                    ended.clear()
                     increments = []
-                    for seq in sorted(changed & num_given.keys(), key=places.__getitem__):
+                    for seq in sorted(changed, key=places.__getitem__):
                         start, num_given[seq] = num_given[seq], seq.num_completion_tokens
                         if seq.is_finished:
                             del num_given[seq]
@@ -183,25 +185,14 @@ class LLM:
             with self._turn:
                 self.engine.abort([request[0].request_id for request in requests])
 
-    def _changed(self, missed: Iterable[Sequence]) -> set[Sequence]:
-        """Take a turn of the engine. Returns the sequences that it has changed, and the `missed` ones, which another call may have
-        changed."""
-        for seq in missed:
-            if not seq.is_finished and seq.request_id not in self.engine.scheduler.requests:
-                raise RuntimeError("an error in another call has dropped this stream's requests")
-        step = self.engine.step()
-        return {chunk.seq for chunk in step.sampled}.union(missed, self._take_ended())
-
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue one prompt for `step()`; returns its request id. Errors as in `generate`."""
         if isinstance(prompt, Integral):
             raise TypeError(f"prompt must be text, token ids or a dict, got {prompt!r}")
         with self._turn:
             (request,) = requests = self._make_requests([prompt], sampling_params)
-            request_id = request[0].request_id
-            self._added.add(request_id)
-            self._add(requests)
-            return request_id
+            self._add(requests, self._ended)
+            return request[0].request_id
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
         """One turn of the engine: ([(request id, completion token ids) that finished], number of tokens).
@@ -218,24 +209,24 @@ class LLM:
             except BaseException:
                 self._take_lost()
                 raise
-            self._take_ended()
-            outputs = [(seq.request_id, seq.completion_token_ids) for seq in self._ended_added]
-            self._added -= {seq.request_id for seq in self._ended_added} - self.engine.scheduler.requests.keys()
-            self._ended_added.clear()
+            outputs = [(seq.request_id, seq.completion_token_ids) for seq in self._ended]
+            self._ended.clear()
             return outputs, step.num_prefill_tokens or -step.num_decode_tokens
 
     def is_finished(self) -> bool:
         """Whether `step()` has nothing more to give."""
         with self._turn:
-            has_ended = self._ended_added or any(seq.request_id in self._added for seq in self.engine.ended)
-            return not (self.engine.scheduler.has_unfinished or has_ended)
+            return not (self.engine.scheduler.has_unfinished or self._ended)
 
     def abort(self, request_id: int) -> None:
         """Drop a request: `step()` will not return it. One that is finished or unknown is passed over."""
         with self._turn:
-            self._added.discard(request_id)
+            for seq in self.engine.scheduler.requests.get(request_id, ()):
+                if seq.ended is self._ended:
+                    seq.ended = {}  # where nobody waits for it
             self.engine.abort([request_id])
-            self._ended_added = {seq: None for seq in self._ended_added if seq.request_id != request_id}
+            for seq in [seq for seq in self._ended if seq.request_id == request_id]:
+                del self._ended[seq]
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends."""
@@ -327,24 +318,18 @@ class LLM:
             samples.append(seq)
         return samples
 
-    def _add(self, requests: Iterable[list[Sequence]]) -> None:
+    def _add(self, requests: Iterable[list[Sequence]], ended: dict[Sequence, None]) -> None:
+        """Queue the sequences, which go to `ended` when they have ended."""
         for seq in chain.from_iterable(requests):
+            seq.ended = ended
             self.engine.add(seq)
-
-    def _take_ended(self) -> list[Sequence]:
-        """The sequences that have ended since it was asked last. Those of `add_request` are kept for `step`, too."""
-        ended = list(self.engine.ended)
-        self._ended_added.update((seq, None) for seq in ended if seq.request_id in self._added)
-        self.engine.ended.clear()
-        return ended
 
     def _take_lost(self) -> list[int]:
         """Forget the added requests that an error has dropped; their ids."""
-        self._take_ended()
-        lost = {seq.request_id for seq in self._ended_added if not seq.is_finished}
-        self._ended_added = {seq: None for seq in self._ended_added if seq.is_finished}
-        self._added -= lost
-        return sorted(lost)
+        lost = [seq for seq in self._ended if not seq.is_finished]
+        for seq in lost:
+            del self._ended[seq]
+        return sorted({seq.request_id for seq in lost})
 
     def _make_output(self, samples: list[Sequence]) -> RequestOutput:
         first = samples[0]

@@ -113,6 +113,18 @@ def test_a_request_that_a_processor_aborts_is_returned_as_it_is_by_then(llm):
     assert_nothing_leaks(llm)
 
 
+def test_an_added_request_that_another_calls_processor_aborts_is_not_returned(llm):
+    request_id = llm.add_request([5], greedy(60))
+
+    def abort(token_ids, logits):
+        llm.abort(request_id)
+        return logits
+
+    llm.generate([[3]], greedy(4, logits_processors=[abort]))
+    assert llm.is_finished()
+    assert llm.step() == ([], 0)
+
+
 def test_calls_of_several_threads_wait_for_their_turn_and_are_right(tiny_model):
     llm = make_llm(tiny_model(), max_num_seqs=4)
     params = SamplingParams(max_tokens=12, seed=3, ignore_eos=True)

@@ -52,7 +52,8 @@ def test_nothing_synchronises_between_planning_and_sampling(options, tiny_model)
     ]
     llm.generate(PROMPTS, params, use_tqdm=False)  # lazy initialisation may wait
     engine = llm.engine
-    llm._add(llm._make_requests(PROMPTS, params))
+    ended = {}
+    llm._add(llm._make_requests(PROMPTS, params), ended)
     while engine.scheduler.has_unfinished:
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -62,7 +63,7 @@ def test_nothing_synchronises_between_planning_and_sampling(options, tiny_model)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         engine.scheduler.commit(step, *sampled.wait())
-    assert len(engine.ended) == len(PROMPTS)
+    assert len(ended) == len(PROMPTS)
 
 
 def test_the_process_stays_within_its_share(tiny_model):

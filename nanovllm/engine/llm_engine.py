@@ -70,10 +70,6 @@ class LLMEngine:
         self.is_stepping = False
         self.to_abort: list[int] = []  # at the end of the step
         self.why_closed = "this LLM is closed"
-        self.num_steps = 0
-        # The sequences that have ended, in order: finished, or dropped by an exception, after which there is a new scheduler.
-        # `LLM` takes them out.
-        self.ended: dict[Sequence, None] = {}
         self.scheduler = self._new_scheduler()
         atexit.register(self.close)
         if self.workers is not None:
@@ -87,14 +83,12 @@ class LLMEngine:
     def step(self) -> Step:
         """One turn of the loop: plan and launch a step, commit the one before it; returns that one, or an empty one.
 
-        Sequences that end go to `ended`. On any exception, Ctrl-C included, those that are unfinished go there as they are,
-        and the engine is empty.
+        On any exception, Ctrl-C included, the sequences that are unfinished end as they are, and the engine is empty.
         """
         runner = self._runner()
         if self.is_stepping:
             raise RuntimeError("a logits processor cannot run the engine that runs it")
         self.is_stepping = True
-        self.num_steps += 1
         try:
             with _on_device(runner.device):
                 step = self.scheduler.schedule()
@@ -183,7 +177,7 @@ class LLMEngine:
         budget = config.max_num_batched_tokens
         if config.torch_device.type == "cpu":
             budget = min(budget, CPU_STEP_TOKENS)
-        return Scheduler(manager, config.max_num_seqs, budget, self.ended)
+        return Scheduler(manager, config.max_num_seqs, budget)
 
     def _commit(self) -> Step:
         in_flight, self.in_flight = self.in_flight, None
@@ -202,7 +196,8 @@ class LLMEngine:
             self._runner().synchronize()
             if self.workers is not None:
                 self.workers.check()
-            self.ended.update(dict.fromkeys((*self.scheduler.running, *self.scheduler.waiting)))
+            for seq in (*self.scheduler.running, *self.scheduler.waiting):
+                seq.ended[seq] = None
             self.scheduler = self._new_scheduler()
         except BaseException as error:
             with closing(self):

@@ -63,15 +63,7 @@ class Step:
 class Scheduler:
     """Plans with `schedule()` and learns with `commit()`. Rows 1 … max_num_seqs are handed out; row 0 is trash."""
 
-    def __init__(
-        self,
-        block_manager: BlockManager,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        ended: dict[Sequence, None] | None = None,
-    ):
-        """`ended` is where sequences are put when they are finished, for whoever waits for them to take out."""
-        self.ended = {} if ended is None else ended
+    def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -115,7 +107,7 @@ class Scheduler:
         prompt_logprobs: Iterable[LogprobRow] = (),
     ) -> None:
         """Take what a step gave: a token for each sampled sequence, and the log-probabilities that were asked for. What that
-        finishes goes to `ended`.
+        finishes is put away.
 
         A sequence that was finished before (aborted) is passed over. One from whose logits no token can be drawn (None) is
         finished, and a warning names its request.
@@ -226,7 +218,7 @@ class Scheduler:
 
     def _put_away(self, seq: Sequence) -> None:
         """Hand a finished sequence out, and take back what it holds."""
-        self.ended[seq] = None
+        seq.ended[seq] = None
         if seq.is_running:
             self._leave_row(seq)
         else:  # it waits, perhaps preempted while its last token was on its way

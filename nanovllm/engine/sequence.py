@@ -26,7 +26,8 @@ class Sequence:
     `num_pending` counts tokens that are planned or sampled and not yet committed: 0 or 1, and 2 between planning a step and
     committing the one before it. `num_admitted_tokens` counts the tokens that were known when the sequence was admitted. The
     CPU sends those; later ones are read on the device, where they were sampled. `row` is its place in the device's tables while
-    it runs, and 0 while it waits.
+    it runs, and 0 while it waits. In `ended` it puts itself when it is finished, or dropped by an exception: whoever waits for
+    it takes it out.
     """
 
     request_id: int
@@ -52,6 +53,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks
     prefix_ids: list[int] = field(default_factory=list)  # of the leading blocks that the prefix cache knows
     row: int = 0
+    ended: dict["Sequence", None] = field(default_factory=dict)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
