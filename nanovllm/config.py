@@ -118,9 +118,6 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in "model", "tokenizer":
-            if getattr(self, name) == "":
-                raise ValueError(f"{name} must be a folder or a Hub id, got ''")
         if self.num_kvcache_blocks in (0, 1):
             raise ValueError(f"num_kvcache_blocks must be -1 or at least 2, got {self.num_kvcache_blocks}")
         if self.tensor_parallel_size > 1:
@@ -132,10 +129,8 @@ class Config:
         """The device of a rank, `local_rank` being its number on its machine. A GPU has its index: the
         current device may change later, and differs between threads."""
         device = self.torch_device
-        if device.type == "cuda" and self.tensor_parallel_size > 1:
-            return torch.device("cuda", local_rank)
         if device.type == "cuda" and device.index is None:
-            return torch.device("cuda", torch.cuda.current_device())
+            return torch.device("cuda", local_rank if self.tensor_parallel_size > 1 else torch.cuda.current_device())
         return device
 
     @property
@@ -149,15 +144,13 @@ class Config:
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
-ROPE_PARAMETERS = {  # rope type: parameters it must have, and ones it may have
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
-    "yarn": (
-        ("factor", "original_max_position_embeddings"),
-        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-    ),
+ROPE_PARAMETERS = {  # rope type: the parameters that it must have
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
+YARN_PARAMETERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")  # it may have
 
 
 @dataclass(frozen=True)
@@ -172,28 +165,23 @@ class RopeConfig:
     def from_hf(cls, hf: Any) -> "RopeConfig":
         """Read either spelling: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
         scaling = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
-        check_type("rope_parameters", scaling, Mapping)
         beside = {name: getattr(hf, name, None) for name in ("rope_theta", "partial_rotary_factor")}
         given = {name: value for name, value in [*beside.items(), *scaling.items()] if value is not None}
         rope_type = given.pop("rope_type", given.pop("type", "default"))
         theta = check_positive("rope_theta", given.pop("rope_theta", cls.theta))
         check_choice("partial_rotary_factor", given.pop("partial_rotary_factor", 1.0), (1.0,))
-        required, optional = ROPE_PARAMETERS[check_choice("rope_type", rope_type, ROPE_PARAMETERS)]
+        required = ROPE_PARAMETERS[check_choice("rope_type", rope_type, ROPE_PARAMETERS)]
         if rope_type == "default":
             return cls(theta)
         if "original_max_position_embeddings" in required:
             given.setdefault("original_max_position_embeddings", hf.max_position_embeddings)
         missing = [name for name in required if name not in given]
-        unknown = [name for name in given if name not in required + optional]
+        unknown = [name for name in given if name not in required + YARN_PARAMETERS]
         if missing or unknown:
             raise ValueError(f"rope scaling {rope_type!r}: missing {missing}, not supported {unknown}")
         for name, value in given.items():
-            if name == "truncate":
-                check_type(name, value, bool)
-            else:
-                check_float(f"{name} of rope scaling", value, 0.0, open_minimum=not name.startswith("mscale"))
-        if rope_type == "llama3" and not given["low_freq_factor"] < given["high_freq_factor"]:
-            raise ValueError(f"low_freq_factor must be less than high_freq_factor, got {given}")
+            if name != "truncate":
+                check_positive(f"{name} of rope scaling", value)
         return cls(theta, rope_type, given)
 
 
@@ -251,15 +239,10 @@ class ModelConfig:
         check_choice("model_type", hf.model_type, ARCHITECTURES)
         for architecture in check_list("architectures", getattr(hf, "architectures", None) or (), check_type, str):
             check_choice("architectures", architecture, ARCHITECTURES.values())
-        if getattr(hf, "quantization_config", None):
-            method = dict(hf.quantization_config).get("quant_method", "of unknown kind")
-            raise ValueError(f"quantised checkpoints ({method}) are not supported; bfloat16, float16 and float32 are")
+        for layer_type in getattr(hf, "layer_types", None) or ():
+            check_choice("layer_types", layer_type, ("full_attention",))
+        check_choice("quantization_config", getattr(hf, "quantization_config", None), (None,))
         check_choice("hidden_act", hf.hidden_act, ("silu",))
-        slides = getattr(hf, "use_sliding_window", False) and getattr(hf, "max_window_layers", 0) < hf.num_hidden_layers
-        if slides or "sliding_attention" in (getattr(hf, "layer_types", None) or ()):
-            raise ValueError(
-                f"sliding-window attention (window {getattr(hf, 'sliding_window', None)}) is not supported"
-            )
         attention_bias = getattr(hf, "attention_bias", False)
         dtype: Any = getattr(hf, "dtype", None) or getattr(hf, "torch_dtype", None) or torch.float32
         head_dim = getattr(hf, "head_dim", None)
@@ -340,14 +323,13 @@ def naming(file: Path) -> Iterator[None]:
 
 def read_sampling_params(generation: Mapping[str, Any]) -> SamplingParams:
     """What a generation config recommends: greedy where it says that nothing is sampled."""
-    names = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
-    names["max_tokens"] = "max_new_tokens"
-    given = {name: generation[theirs] for name, theirs in names.items() if generation.get(theirs) is not None}
-    for name in given.keys() & {"top_k", "max_tokens"}:
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+    given = {name: generation[name] for name in names if generation.get(name) is not None}
+    for name in given.keys() & {"top_k", "max_new_tokens"}:
         if isinstance(given[name], float) and given[name].is_integer():
             given[name] = int(given[name])  # some files say 50.0
-    if "max_tokens" in given:
-        check_int("max_new_tokens", given["max_tokens"], 1)
+    if "max_new_tokens" in given:
+        given["max_tokens"] = check_int("max_new_tokens", given.pop("max_new_tokens"), 1)
     if generation.get("do_sample") is False:
         given["temperature"] = 0.0
     return SamplingParams(**given)

@@ -338,7 +338,7 @@ def test_a_folder_is_used_as_it_is_and_wins_over_a_hub_id(tmp_path: Path, monkey
         assert resolve_model(model) == folder
 
 
-NEITHER = ["/no/such/folder", "./model", "../model", "~/no/such/folder", "model", "a/b/c", "a/b c", "https://a/b"]
+NEITHER = ["", "/no/such/folder", "./model", "../model", "~/no/such/folder", "model", "a/b/c", "a/b c", "https://a/b"]
 
 
 @pytest.mark.parametrize("model", [*NEITHER, __file__])

@@ -56,7 +56,7 @@ def resolve_model(model: str | os.PathLike[str], revision: str | None = None, op
     """
     name = str(model)
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder.absolute()
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise ValueError(f"{option} {name!r} is neither a folder nor a Hub id of the form 'owner/name'")
