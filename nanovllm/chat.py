@@ -44,18 +44,11 @@ def render(tokenizer: PreTrainedTokenizerBase, name: str, conversation: Seq[Mess
         TypeError: content that is no text, no list of parts and not None.
         ValueError: a part that is no text, or a conversation that the template refuses.
     """
-    conversation = [
-        {**message, "content": _check_content(f"{name}[{i}]", message["content"])}
-        if isinstance(message, Mapping) and "content" in message
-        else message
-        for i, message in enumerate(conversation)
-    ]
+    conversation = [_with_content(m, partial(_check_content, f"{name}[{i}]")) for i, m in enumerate(conversation)]
     apply = partial(tokenizer.apply_chat_template, tokenize=False, **options)
-    if any(map(_has_parts, conversation)) and not _takes_parts(apply, conversation):
-        conversation = [
-            {**m, "content": "\n".join(part["text"] for part in m["content"])} if _has_parts(m) else m
-            for m in conversation
-        ]
+    as_texts = [_with_content(m, _join) for m in conversation]
+    if as_texts != conversation and not _takes_parts(apply, conversation):
+        conversation = as_texts
     try:
         text = _apply(apply, conversation)
         text.encode()  # half a surrogate pair is no text
@@ -69,9 +62,7 @@ def _apply(apply: Callable[[Any], str], conversation: Seq[Message]) -> str:
     try:
         return apply(conversation)
     except Exception:
-        if not any(map(_has_none, conversation)):
-            raise
-        return apply([{**m, "content": ""} if _has_none(m) else m for m in conversation])
+        return apply([_with_content(m, lambda content: content or "") for m in conversation])
 
 
 def _check_content(name: str, content: Any) -> Any:
@@ -88,19 +79,23 @@ def _check_content(name: str, content: Any) -> Any:
     return parts
 
 
-def _has_parts(message: Any) -> bool:
-    return isinstance(message, Mapping) and isinstance(message.get("content"), list)
+def _with_content(message: Any, function: Callable[[Any], Any]) -> Any:
+    """The message with what `function` makes of its content, if it has any."""
+    if isinstance(message, Mapping) and "content" in message:
+        return {**message, "content": function(message["content"])}
+    return message
 
 
-def _has_none(message: Any) -> bool:
-    return isinstance(message, Mapping) and message.get("content", "") is None
+def _join(content: Any) -> Any:
+    """Content as one text, parts in lines."""
+    return "\n".join(part["text"] for part in content) if isinstance(content, list) else content
 
 
 def _takes_parts(apply: Callable[[Any], str], conversation: Seq[Message]) -> bool:
     """Whether the template shows the text of a part, and not the part itself."""
-    part = {"type": "text", "text": PROBE, MARK: MARK}
+    probe = [{"type": "text", "text": PROBE, MARK: MARK}]
     try:
-        text = apply([{**m, "content": [part]} if _has_parts(m) else m for m in conversation])
+        text = apply([_with_content(m, lambda c: probe if isinstance(c, list) else c) for m in conversation])
     except Exception:
         return False
     return PROBE in text and MARK not in text
