@@ -11,30 +11,24 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nanovllm.config import read_json
 from nanovllm.sampling_params import SamplingParams
 
-MAIN_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")  # one of them is a tokenizer
-TOKENIZER_FILES = (*MAIN_FILES, "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")  # one of them is there
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what tokenizers make of bytes that are no character
 MAX_WAITING = 64  # so many tokens wait for the end of a character at most; every new one decodes them all again
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in `folder`, None if there is none; ValueError, which names the file, if it is damaged."""
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not any(file.name in MAIN_FILES for file in files):
+    """The tokenizer in `folder`, None if there is none; ValueError, which names its files, if it cannot be loaded."""
+    files = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # both packages raise what they like: a panic of tokenizers is no Exception
-        for file in files:
-            if file.suffix == ".json":
-                read_json(file)
-        names = ", ".join(file.name for file in files)
-        raise ValueError(f"the tokenizer in {str(folder)!r} ({names}) cannot be loaded: {error}") from error
+        raise ValueError(f"the tokenizer in {str(folder)!r} ({', '.join(files)}) cannot be loaded: {error}") from error
 
 
 class TokenTexts:
@@ -132,9 +126,8 @@ class CompletionText:
     """The text of one completion as its tokens come; what a stop string cuts off is not in it."""
 
     def __init__(self, texts: TokenTexts, prompt_token_ids: Seq[int], params: SamplingParams):
-        self.detokenizer = Detokenizer(
-            texts, prompt_token_ids, texts.special_ids if params.skip_special_tokens else frozenset()
-        )
+        skipped = texts.special_ids if params.skip_special_tokens else frozenset()
+        self.detokenizer = Detokenizer(texts, prompt_token_ids, skipped)
         self.text = ""
         self.stop = params.stop or ()
         self.includes_stop = params.include_stop_str_in_output
