@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nanovllm.chat import check_template_options, render
 from nanovllm.checks import check_list, check_type
-from nanovllm.config import Config, check_token_ids
+from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine, no_full_collections
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models.loader import read_model, resolve_model
@@ -62,9 +62,8 @@ class LLM:
         self._ids = count()
         self._ended: dict[Sequence, None] = {}  # sequences of `add_request` that have ended and `step` has not returned
         self._random = random.Random(self.config.seed)
-        eos_token_ids = check_token_ids("the tokenizer's eos_token_id", getattr(self._tokenizer, "eos_token_id", None))
-        eos_token_ids |= model_config.eos_token_ids
-        self._eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < model_config.vocab_size)
+        end_ids = model_config.eos_token_ids | {getattr(self._tokenizer, "eos_token_id", None)}
+        self._eos_token_ids = frozenset(i for i in end_ids if i is not None and 0 <= i < model_config.vocab_size)
         self.engine = LLMEngine(self.config, model_config, tensors)
 
     @no_full_collections()

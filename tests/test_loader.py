@@ -241,15 +241,24 @@ def test_of_many_missing_tensors_some_are_named_and_the_rest_counted(copied: Any
 
 
 @pytest.mark.parametrize(
-    ("field", "size"),
-    [("num_hidden_layers", 10**5), ("head_dim", 10**9), ("vocab_size", 10**9), ("hidden_size", 2**40)],
+    ("field", "size", "message"),
+    [
+        ("num_hidden_layers", 10**5, "num_hidden_layers of a checkpoint of 25 tensors must be in [1, 25], got 100000"),
+        ("head_dim", 10**9, "head_dim of a checkpoint of 25 tensors must be in [1, 128], got 1000000000"),
+        ("vocab_size", 10**9, "lm_head.weight is F32 [128, 32], expected a float [1000000000, 32]"),
+        ("hidden_size", 2**40, "lm_head.weight is F32 [128, 32], expected a float [128, 1099511627776]"),
+        ("intermediate_size", 10**12, "down_proj.weight is F32 [32, 48], expected a float [32, 1000000000000]"),
+        ("num_attention_heads", 2**40, "o_proj.weight is F32 [32, 64], expected a float [32, 17592186044416]"),
+    ],
 )
-def test_a_size_that_no_tensor_has_is_refused_before_anything_is_built(copied: Any, field: str, size: int) -> None:
+def test_a_size_that_no_tensor_has_is_refused_before_anything_is_built(
+    copied: Any, field: str, size: int, message: str
+) -> None:
     """It would take minutes, and then all memory."""
     config = json.loads(((folder := copied()) / "config.json").read_text()) | {field: size}
     config.pop("layer_types")
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"{field} of a checkpoint of 25 tensors must be"):
+    with pytest.raises(ValueError, match=re.escape(message)):
         make_llm(folder)
 
 

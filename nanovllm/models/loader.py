@@ -198,12 +198,10 @@ def fit_config(config: ModelConfig, tensors: Tensors) -> ModelConfig:
     are equal. If it has only one of them, that one serves for both; in `tensors` it is then called the embedding.
 
     Raises:
-        ValueError: a size that no tensor of the checkpoint has, before anything is built in it.
+        ValueError: layers or a head size that no checkpoint of these tensors has, before anything is built in them.
     """
     largest = max((length for tensor in tensors.values() for length in tensor.shape), default=0)
-    limits = {"num_hidden_layers": len(tensors)} | dict.fromkeys(("vocab_size", "hidden_size", "head_dim"), largest)
-    limits |= dict.fromkeys(("intermediate_size", "num_attention_heads", "num_key_value_heads"), largest)
-    for name, limit in limits.items():
+    for name, limit in ("num_hidden_layers", len(tensors)), ("head_dim", largest):
         check_int(f"{name} of a checkpoint of {len(tensors)} tensors", getattr(config, name), 1, limit)
     head, embedding = tensors.get("lm_head.weight"), tensors.get("embed_tokens.weight")
     if not config.tie_word_embeddings or head is None:
@@ -257,11 +255,10 @@ def _indexed_files(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     for name in names or [None]:
-        if not (isinstance(name, str) and name) or Path(name).is_absolute() or ".." in Path(name).parts:
+        if not isinstance(name, str) or not name or Path(name).name != name:
             raise ValueError(f"{str(index)!r} is damaged: its weight_map must name files in its folder, got {name!r}")
     files = [index.parent / name for name in sorted(set(names))]
-    with naming(index):
-        missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(f"checkpoint {str(index.parent)!r} lacks {_some(missing)}, which {index.name} names")
     return files
