@@ -245,27 +245,18 @@ class ModelConfig:
         check_choice("hidden_act", hf.hidden_act, ("silu",))
         attention_bias = getattr(hf, "attention_bias", False)
         dtype: Any = getattr(hf, "dtype", None) or getattr(hf, "torch_dtype", None) or torch.float32
-        head_dim = getattr(hf, "head_dim", None)
         num_heads = check_int("num_attention_heads", hf.num_attention_heads, 1)
-        return cls(
-            vocab_size=hf.vocab_size,
-            hidden_size=hf.hidden_size,
-            intermediate_size=hf.intermediate_size,
-            num_hidden_layers=hf.num_hidden_layers,
-            num_attention_heads=num_heads,
-            num_key_value_heads=hf.num_key_value_heads,
-            head_dim=hf.hidden_size // num_heads if head_dim is None else head_dim,
-            rms_norm_eps=hf.rms_norm_eps,
-            rope=RopeConfig.from_hf(hf),
-            max_position_embeddings=hf.max_position_embeddings,
-            tie_word_embeddings=hf.tie_word_embeddings,
-            qk_norm=hf.model_type == "qwen3",
-            qkv_bias=hf.model_type == "qwen2" or attention_bias,
-            o_bias=hf.model_type != "qwen2" and attention_bias,
-            mlp_bias=getattr(hf, "mlp_bias", False),
-            dtype=DTYPES[check_choice("dtype", dtype, DTYPES)],
-            eos_token_ids=check_token_ids("eos_token_id", getattr(hf, "eos_token_id", None)),
-        )
+        read: dict[str, Any] = {"head_dim": hf.hidden_size // num_heads, "mlp_bias": False}
+        read |= {f.name: getattr(hf, f.name) for f in fields(cls) if getattr(hf, f.name, None) is not None}
+        read |= {
+            "rope": RopeConfig.from_hf(hf),
+            "qk_norm": hf.model_type == "qwen3",
+            "qkv_bias": hf.model_type == "qwen2" or attention_bias,
+            "o_bias": hf.model_type != "qwen2" and attention_bias,
+            "dtype": DTYPES[check_choice("dtype", dtype, DTYPES)],
+            "eos_token_ids": check_token_ids("eos_token_id", getattr(hf, "eos_token_id", None)),
+        }
+        return cls(**read)
 
     @classmethod
     def from_folder(cls, folder: Path, read: Callable[[Any], "ModelConfig"]) -> "ModelConfig":
