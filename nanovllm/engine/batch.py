@@ -28,10 +28,7 @@ INTS_PER_ROW, INTS_PER_BLOCK, INTS_PER_TOKEN, INTS_PER_STEP = 40, 2, 16, 65536
 
 # With compiled layers chunks are padded to a multiple of so many tokens: torch.compile would compile them again for one token.
 TOKEN_MULTIPLE = 8
-TRASH = Sequence(
-    0, array("i", [0] * TOKEN_MULTIPLE), SamplingParams(), seed=0, max_tokens=1
-)  # padding, in row 0 and block 0
-TRASH_ROW = ScheduledChunk(TRASH, 0, 1, is_sampled=False)
+TRASH = Sequence(0, array("i", [0] * TOKEN_MULTIPLE), SamplingParams(), seed=0, max_tokens=1)
 
 
 @dataclass
@@ -93,6 +90,11 @@ class PackedStep(NamedTuple):
     # how many of the most likely tokens are asked for.
     scored_slices: list[tuple[int, int, int]]
     scored_ids: Any  # ids of the tokens that they score
+
+
+def padding(num_tokens: int) -> ScheduledChunk:
+    """Tokens in row 0 and block 0, where nobody looks."""
+    return ScheduledChunk(TRASH, 0, num_tokens, is_sampled=False)
 
 
 def pack_batch(chunks: list[ScheduledChunk], backend: "AttentionBackend", is_decode: bool) -> PackedBatch:

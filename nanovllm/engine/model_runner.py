@@ -16,17 +16,7 @@ from torch import Tensor
 
 from nanovllm.attention import AttentionBackend
 from nanovllm.config import Config, ModelConfig
-from nanovllm.engine.batch import (
-    TOKEN_MULTIPLE,
-    TRASH,
-    TRASH_ROW,
-    DeviceTables,
-    KVCache,
-    PackedBatch,
-    PackedStep,
-    int32,
-    pack_batch,
-)
+from nanovllm.engine.batch import TOKEN_MULTIPLE, Batch, DeviceTables, KVCache, PackedStep, int32, pack_batch, padding
 from nanovllm.engine.cuda_graphs import DecodeGraphs
 from nanovllm.engine.scheduler import ScheduledChunk, Step
 from nanovllm.engine.sequence import Sequence
@@ -116,13 +106,13 @@ class ModelRunner:
         decodes, chunks, batches = step.decodes, step.chunks, []
         if decodes:
             num_padding = self.graphs.padded_size(len(decodes)) - len(decodes)
-            batch = pack_batch(decodes + [TRASH_ROW] * num_padding, self.backend, is_decode=True)
+            batch = pack_batch(decodes + [padding(1)] * num_padding, self.backend, is_decode=True)
             # Where no chunks follow, padding has logits too: to leave it out would cost a copy.
             batches.append(batch._replace(logits_indices=slice(len(decodes) if chunks else None)))
         if chunks:
             num_padding = -step.num_prefill_tokens % TOKEN_MULTIPLE if self.model.is_compiled else 0
-            trash = [ScheduledChunk(TRASH, 0, num_padding, is_sampled=False)] if num_padding else []
-            batches.append(pack_batch(chunks + trash, self.backend, is_decode=False))
+            padded = [*chunks, padding(num_padding)] if num_padding else chunks
+            batches.append(pack_batch(padded, self.backend, is_decode=False))
         rows, indices, blocks = int32(step.block_updates).reshape(-1, 3).T
         vocab_size, sampled = self.model_config.vocab_size, step.sampled
         return PackedStep(
@@ -152,21 +142,20 @@ class ModelRunner:
         sent = self.tables.upload(packed)
         self.tables.update(sent)
         self.group.broadcast(self.tables.last_token)  # rank 0 has drawn them
-        hidden = [
-            self.graphs.replay(len(batch.rows))
-            if batch.is_decode and self.graphs.sizes
-            else self._compute(batch, sent_batch)
-            for batch, sent_batch in zip(packed.batches, sent.batches, strict=True)
-        ]
+        hidden = []
+        for batch, sent_batch in zip(packed.batches, sent.batches, strict=True):
+            if batch.is_decode and self.graphs.sizes:
+                hidden.append(self.graphs.replay(len(batch.rows)))
+            else:
+                hidden.append(self._compute(self.tables.batch(batch, sent_batch)))
         prompt_logprobs = self._score_prompts(packed.scored_slices, sent.scored_ids, hidden[-1])
         last = [h[batch.logits_indices] for h, batch in zip(hidden, sent.batches, strict=True)]
         logits = self._logits(last[0] if len(last) == 1 else torch.cat(last))
         num_sampled = len(sent.sampled_rows)
         return StepInFlight(step, logits[:num_sampled], sent.sampled_rows, sent.sampled_positions, prompt_logprobs)
 
-    def _compute(self, packed: PackedBatch, sent: PackedBatch) -> Tensor:
+    def _compute(self, batch: Batch) -> Tensor:
         """Hidden states [T, hidden] of a batch."""
-        batch = self.tables.batch(packed, sent)
         batch.attn_metadata = self.backend.prepare(batch)
         return self.model(batch, self.kv_cache)
 
@@ -237,9 +226,9 @@ class ModelRunner:
 
     def upload_trash_decode(self, num_rows: int) -> Callable[[], Tensor]:
         """Send a decode batch of trash rows to where every decode batch arrives; returns what computes it."""
-        packed = pack_batch([TRASH_ROW] * num_rows, self.backend, is_decode=True)
+        packed = pack_batch([padding(1)] * num_rows, self.backend, is_decode=True)
         sent = self.tables.upload(packed)
-        return torch.inference_mode()(lambda: self._compute(packed, sent))
+        return torch.inference_mode()(lambda: self._compute(self.tables.batch(packed, sent)))
 
     @torch.inference_mode()
     def warm_up(self) -> None:
