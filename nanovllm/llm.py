@@ -145,9 +145,8 @@ class LLM:
             conversations: Any = [messages] if is_one else messages
             for i, conversation in enumerate(conversations):
                 text = render(tokenizer, f"messages[{i}]", conversation, options)
-                prompts.append(
-                    {"prompt": text, "prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
-                )
+                token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                prompts.append({"prompt": text, "prompt_token_ids": token_ids})
             return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[Increment]:

@@ -157,15 +157,6 @@ class LLMEngine:
         del runner
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
-    def leave_to_parent(self) -> None:
-        """In a forked child, which owns nothing of several ranks: let go of the workers. The rest is leaked on purpose, as its
-        destructors would wait for threads that a fork does not copy."""
-        if self.workers is not None:
-            self.workers.disconnect()
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object((self.runner, self.workers, self.in_flight)))
-        self.runner = self.workers = self.in_flight = None
-        self.why_closed = "this LLM is the parent process's, and not its forked child's"
-
     def _runner(self) -> ModelRunner:
         if self.runner is None:
             raise RuntimeError(self.why_closed)
@@ -206,10 +197,15 @@ class LLMEngine:
                 raise
 
 
-def _leave_to_parent(engine: "weakref.ref[LLMEngine]") -> None:
-    forked = engine()
-    if forked is not None:
-        forked.leave_to_parent()
+def _leave_to_parent(reference: "weakref.ref[LLMEngine]") -> None:
+    """In a forked child, which owns nothing of several ranks: let go of the workers. The rest is leaked on purpose, as its
+    destructors would wait for threads that a fork does not copy."""
+    engine = reference()
+    if engine is not None and engine.workers is not None:
+        engine.workers.disconnect()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object((engine.runner, engine.workers, engine.in_flight)))
+        engine.runner = engine.workers = engine.in_flight = None
+        engine.why_closed = "this LLM is the parent process's, and not its forked child's"
 
 
 @contextmanager
