@@ -1,8 +1,7 @@
 """Chat: conversations through the tokenizer's chat template."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ from jinja2 import Environment
 from jinja2.meta import find_undeclared_variables
 from transformers import PreTrainedTokenizerBase
 
-Message = Mapping[str, Any]
+Conversation = Sequence[Mapping[str, Any]]
 # Those of apply_chat_template that change the text.
 TEXT_OPTIONS = {"tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}
 PROBE, MARK = "is this text in parts", "is a part shown as it is"
@@ -35,7 +34,7 @@ def check_template_options(
             )
 
 
-def render(tokenizer: PreTrainedTokenizerBase, name: str, conversation: Seq[Message], options: dict[str, Any]) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, name: str, conversation: Conversation, options: dict[str, Any]) -> str:
     """The text of a conversation, which errors call `name`.
 
     A template that goes through the parts of a message gets them; one that takes text gets their texts, joined by newlines.
@@ -57,7 +56,7 @@ def render(tokenizer: PreTrainedTokenizerBase, name: str, conversation: Seq[Mess
         raise ValueError(f"{name} is refused by the chat template: {error}") from error
 
 
-def _apply(apply: Callable[[Any], str], conversation: Seq[Message]) -> str:
+def _apply(apply: Callable[[Any], str], conversation: Conversation) -> str:
     """The template's text; where it cannot take content that is None, as some add it to a text, content is empty."""
     try:
         return apply(conversation)
@@ -69,7 +68,7 @@ def _check_content(name: str, content: Any) -> Any:
     """Content as templates expect it: text, None, or a list of parts {"type": "text", "text": …}."""
     if isinstance(content, str | None):
         return content
-    if not isinstance(content, Seq) or isinstance(content, bytes | bytearray):
+    if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
         raise TypeError(f"content of {name} must be text or a list of parts, got {content!r}")
     parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
     for part in parts:
@@ -91,7 +90,7 @@ def _join(content: Any) -> Any:
     return "\n".join(part["text"] for part in content) if isinstance(content, list) else content
 
 
-def _takes_parts(apply: Callable[[Any], str], conversation: Seq[Message]) -> bool:
+def _takes_parts(apply: Callable[[Any], str], conversation: Conversation) -> bool:
     """Whether the template shows the text of a part, and not the part itself."""
     probe = [{"type": "text", "text": PROBE, MARK: MARK}]
     try:

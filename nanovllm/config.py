@@ -5,7 +5,6 @@
 
 import difflib
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -47,9 +46,9 @@ def check_only(name: str, value: Any, only: bool, reason: str) -> bool:
 
 
 def check_token_ids(name: str, ids: Any) -> frozenset[int]:
-    """The token ids in an `eos_token_id`: None, one or a list."""
+    """The token ids in an `eos_token_id`: None, one or a list; -1 stands for none."""
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    return frozenset(check_list(name, ids, check_int, -math.inf))
+    return frozenset(check_list(name, ids, check_int, -1))
 
 
 @dataclass(frozen=True, kw_only=True)

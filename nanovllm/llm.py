@@ -11,7 +11,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import chain, count
 from numbers import Integral
-from os import PathLike
 from typing import Any
 
 from tqdm import tqdm
@@ -47,7 +46,7 @@ class LLM:
             does not fit, or too little memory; each with what is allowed.
     """
 
-    def __init__(self, model: str | PathLike[str], **options: Any):
+    def __init__(self, model: str | os.PathLike[str], **options: Any):
         self.config = Config.from_options(model, options)
         self._turn = threading.RLock()  # one call at a time
         if hasattr(os, "register_at_fork"):  # another thread may be in a call when a process forks

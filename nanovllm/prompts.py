@@ -2,8 +2,7 @@
 
 import re
 from array import array
-from collections.abc import Mapping, Set
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -12,10 +11,10 @@ import numpy as np
 from nanovllm.checks import check_int, check_list, check_type
 from nanovllm.sampling_params import SamplingParams
 
-Prompt = str | Seq[int] | dict[str, Any]
-Prompts = Prompt | Seq[Prompt]
+Prompt = str | Sequence[int] | dict[str, Any]
+Prompts = Prompt | Sequence[Prompt]
 NO_LISTS = bytes | bytearray | memoryview | Set | Mapping  # they have integers too
-Params = SamplingParams | Seq[SamplingParams] | None  # one for all prompts, or one for each; None is the default
+Params = SamplingParams | Sequence[SamplingParams] | None  # one for all prompts, or one for each; None is the default
 
 
 class Request(NamedTuple):
@@ -29,7 +28,7 @@ class Request(NamedTuple):
 
 def parse_requests(prompts: Prompts, params: Params) -> list[Request]:
     """The requests of one call, in order; TypeError or ValueError name an invalid prompt."""
-    if not isinstance(prompts, Seq | dict) or isinstance(prompts, bytes | bytearray):
+    if not isinstance(prompts, Sequence | dict) or isinstance(prompts, bytes | bytearray):
         raise TypeError(f"prompts must be text, token ids, a dict or a list of these, got {type(prompts).__name__}")
     is_one = isinstance(prompts, str | dict) or isinstance(next(iter(prompts), None), Integral)
     every: Any = [prompts] if is_one else prompts

@@ -4,8 +4,7 @@ There is one way from tokens to text. Results, streams, stop strings and log-pro
 gives out, token by token.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -42,18 +41,18 @@ class TokenTexts:
         self._before = tokenizer.encode("a", add_special_tokens=False)
         self._num_before = len(self._decode(self._before))
 
-    def added(self, token_ids: Seq[int], is_beginning: bool = False) -> str:
+    def added(self, token_ids: Sequence[int], is_beginning: bool = False) -> str:
         """What the tokens add; `is_beginning` if there is no text before them. It ends in `INCOMPLETE` within a character."""
         if is_beginning:
             return self._decode(token_ids)
         return self._decode([*self._before, *token_ids])[self._num_before :]
 
-    def complete(self, token_ids: Seq[int], is_beginning: bool = False) -> str:
+    def complete(self, token_ids: Sequence[int], is_beginning: bool = False) -> str:
         """As `added`, but nothing if it ends within a character, unless MAX_WAITING tokens wait for the end of one."""
         text = self.added(token_ids, is_beginning)
         return "" if text.endswith(INCOMPLETE) and len(token_ids) < MAX_WAITING else text
 
-    def _decode(self, token_ids: Seq[int]) -> str:
+    def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
@@ -65,7 +64,7 @@ class Detokenizer:
         skipped: tokens that have no text.
     """
 
-    def __init__(self, texts: TokenTexts, context: Seq[int] = (), skipped: frozenset[int] = frozenset()):
+    def __init__(self, texts: TokenTexts, context: Sequence[int] = (), skipped: frozenset[int] = frozenset()):
         self._texts = texts
         self._skipped = skipped
         self._is_beginning = all(token_id in skipped for token_id in context)
@@ -97,7 +96,7 @@ class Detokenizer:
             return self._texts.of_token(token_id)
         return self._texts.complete([*self._waiting, token_id], self._is_beginning).removeprefix(self._of_context)
 
-    def _unfinished(self, context: Seq[int]) -> list[int]:
+    def _unfinished(self, context: Sequence[int]) -> list[int]:
         """The last tokens of the context, if it ends within a character.
 
         Reading begins 4 to 7 tokens before the end. A character has at most 4 bytes, so that one ends in between, unless the
@@ -125,7 +124,7 @@ class Detokenizer:
 class CompletionText:
     """The text of one completion as its tokens come; what a stop string cuts off is not in it."""
 
-    def __init__(self, texts: TokenTexts, prompt_token_ids: Seq[int], params: SamplingParams):
+    def __init__(self, texts: TokenTexts, prompt_token_ids: Sequence[int], params: SamplingParams):
         skipped = texts.special_ids if params.skip_special_tokens else frozenset()
         self.detokenizer = Detokenizer(texts, prompt_token_ids, skipped)
         self.text = ""

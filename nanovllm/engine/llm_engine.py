@@ -67,8 +67,7 @@ class LLMEngine:
         self.max_model_len = self.runner.max_len
         gc.collect()  # or it would happen in the middle of the first call, and take 0.3 s of it
         self.in_flight: StepInFlight | None = None
-        self.is_stepping = False
-        self.to_abort: list[int] = []  # at the end of the step
+        self.to_abort: list[int] | None = None  # at the end of the step, in the middle of one
         self.why_closed = "this LLM is closed"
         self.scheduler = self._new_scheduler()
         atexit.register(self.close)
@@ -86,9 +85,9 @@ class LLMEngine:
         On any exception, Ctrl-C included, the sequences that are unfinished end as they are, and the engine is empty.
         """
         runner = self._runner()
-        if self.is_stepping:
+        if self.to_abort is not None:
             raise RuntimeError("a logits processor cannot run the engine that runs it")
-        self.is_stepping = True
+        self.to_abort = []
         try:
             with _on_device(runner.device):
                 step = self.scheduler.schedule()
@@ -107,17 +106,16 @@ class LLMEngine:
                 self._reset()
             raise
         finally:
-            self.is_stepping = False
-            self.abort(self.to_abort)
-            self.to_abort.clear()
+            to_abort, self.to_abort = self.to_abort, None
+            self.scheduler.abort(to_abort)
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """Drop requests that are unfinished. What is dropped in the middle of a step, by a logits processor or by the garbage
         collector that ends a stream, is dropped at its end."""
-        if self.is_stepping:
-            self.to_abort += request_ids
-        else:
+        if self.to_abort is None:
             self.scheduler.abort(request_ids)
+        else:
+            self.to_abort += request_ids
 
     def forward(self, step: Step) -> StepInFlight:
         """Launch a step up to its logits on every rank; return at once."""
