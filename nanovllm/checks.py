@@ -47,21 +47,18 @@ def check_int(name: str, value: Any, minimum: int, maximum: float = math.inf, al
     return int(value)
 
 
-def check_float(name: str, value: Any, minimum: float, maximum: float = math.inf, open_minimum: bool = False) -> float:
-    """A finite number in [minimum, maximum], or in (minimum, maximum] if `open_minimum`."""
+def check_float(name: str, value: Any, minimum: float, maximum: float = LARGEST, allowed: str = "") -> float:
+    """A number in [minimum, maximum], which `allowed` may say in other words."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number:
         raise TypeError(f"{name} must be a number, got {value!r}")
-    least = minimum + SMALLEST if open_minimum else minimum
-    if not least <= value <= min(maximum, LARGEST):
-        bracket = "(" if open_minimum else "["
-        upper = "infinity)" if maximum == math.inf else f"{maximum}]"
-        raise ValueError(f"{name} must be in {bracket}{minimum}, {upper}, got {value!r}")
+    if not minimum <= value <= maximum:
+        raise ValueError(f"{name} must be {allowed or f'in [{minimum}, {maximum}]'}, got {value!r}")
     return float(value)
 
 
-def check_positive(name: str, value: Any, maximum: float = math.inf) -> float:
-    return check_float(name, value, 0.0, maximum, open_minimum=True)
+def check_positive(name: str, value: Any, maximum: float = LARGEST) -> float:
+    return check_float(name, value, SMALLEST, maximum, f"above 0 and at most {maximum}")
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:

@@ -84,7 +84,7 @@ def test_a_wrong_value_is_refused_with_the_parameters_name_and_the_value(name: s
         ({"max_tokens": 0}, ValueError, "at least 1"),
         ({"seed": "a"}, TypeError, "an integer or None"),
         ({"top_p": None}, TypeError, "a number"),
-        ({"top_p": 0.0}, ValueError, r"\(0\.0, 1\.0\]"),
+        ({"top_p": 0.0}, ValueError, r"must be above 0 and at most 1\.0, got 0\.0"),
         ({"ignore_eos": 1}, TypeError, "a bool"),
         ({"n": 0}, ValueError, "at least 1"),
         ({"stop": [1]}, TypeError, "a str"),
