@@ -32,7 +32,6 @@ def check_backend(name: str, value: Any) -> Any:
 
 def check_device(name: str, value: Any) -> Any:
     """The CPU, or a CUDA device that is there."""
-    check_type(name, value, str | torch.device)
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     check_choice(name, str(value), ("auto", "cpu", "cpu:0", *(["cuda", *gpus] if gpus else [])))
     return value

@@ -174,9 +174,8 @@ class LLM:
                             del num_given[seq]
                         if start < seq.num_completion_tokens or seq.is_finished:
                             prompt_index, index = places[seq]
-                            text = seq.completion_text.take() if seq.completion_text is not None else ""
-                            completion = self._completion(seq, index, text, start)
-                            increments.append(Increment(**completion, prompt_index=prompt_index))
+                            new = self._completion(seq, index, start)
+                            increments.append(Increment(**new, prompt_index=prompt_index))
                 yield from increments
         finally:
             with self._turn:
@@ -334,10 +333,7 @@ class LLM:
             request_id=first.request_id,
             prompt=first.prompt,
             prompt_token_ids=list(first.token_ids[: first.num_prompt_tokens]),
-            outputs=[
-                CompletionOutput(**self._completion(seq, i, seq.completion_text.text if seq.completion_text else ""))
-                for i, seq in enumerate(samples)
-            ],
+            outputs=[CompletionOutput(**self._completion(seq, i)) for i, seq in enumerate(samples)],
             num_cached_tokens=first.num_cached_tokens or 0,
             prompt_logprobs=None if first.params.prompt_logprobs is None else first.prompt_logprobs,
             metrics=RequestMetrics(
@@ -347,9 +343,11 @@ class LLM:
             ),
         )
 
-    def _completion(self, seq: Sequence, index: int, text: str, start: int = 0) -> dict[str, Any]:
-        """The fields of a CompletionOutput, with tokens from `start` on."""
-        params, token_ids = seq.params, seq.completion_token_ids
+    def _completion(self, seq: Sequence, index: int, start: int | None = None) -> dict[str, Any]:
+        """The fields of a CompletionOutput; with `start`, of what is new from this token on."""
+        params, token_ids, text = seq.params, seq.completion_token_ids, ""
+        if seq.completion_text is not None:
+            text = seq.completion_text.text if start is None else seq.completion_text.take()
         return {
             "index": index,
             "text": text,
