@@ -139,9 +139,7 @@ class DeviceTables:
         Arrays of the same sizes arrive at the same addresses, which is what a CUDA graph reads.
         """
         # PyTorch gives pinned memory out again only when the copy from it is done.
-        host = torch.empty(
-            len(self.upload_buffer), dtype=torch.int32, device="cpu", pin_memory=self.upload_buffer.is_cuda
-        )
+        host = torch.empty_like(self.upload_buffer, device="cpu", pin_memory=self.upload_buffer.is_cuda)
         buffer = host.numpy()
         end = 0
 

@@ -228,7 +228,6 @@ def no_full_collections() -> Iterator[None]:
     try:
         yield
     finally:
-        with (
-            _collecting
-        ):  # calls of several threads overlap: the one that ends last takes back what the first one found
+        # Calls of several threads overlap: the one that ends last takes back what the first one found.
+        with _collecting:
             gc.set_threshold(*_thresholds.pop())
