@@ -142,13 +142,15 @@ class Config:
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
-ROPE_PARAMETERS = {  # rope type: the parameters that it must have
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
+ROPE_PARAMETERS = {  # rope type: parameters it must have, and ones it may have
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
 }
-YARN_PARAMETERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")  # it may have
 
 
 @dataclass(frozen=True)
@@ -163,23 +165,28 @@ class RopeConfig:
     def from_hf(cls, hf: Any) -> "RopeConfig":
         """Read either spelling: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
         scaling = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
+        check_type("rope_parameters", scaling, Mapping)
         beside = {name: getattr(hf, name, None) for name in ("rope_theta", "partial_rotary_factor")}
         given = {name: value for name, value in [*beside.items(), *scaling.items()] if value is not None}
         rope_type = given.pop("rope_type", given.pop("type", "default"))
         theta = check_positive("rope_theta", given.pop("rope_theta", cls.theta))
         check_choice("partial_rotary_factor", given.pop("partial_rotary_factor", 1.0), (1.0,))
-        required = ROPE_PARAMETERS[check_choice("rope_type", rope_type, ROPE_PARAMETERS)]
+        required, optional = ROPE_PARAMETERS[check_choice("rope_type", rope_type, ROPE_PARAMETERS)]
         if rope_type == "default":
             return cls(theta)
         if "original_max_position_embeddings" in required:
             given.setdefault("original_max_position_embeddings", hf.max_position_embeddings)
         missing = [name for name in required if name not in given]
-        unknown = [name for name in given if name not in required + YARN_PARAMETERS]
+        unknown = [name for name in given if name not in required + optional]
         if missing or unknown:
             raise ValueError(f"rope scaling {rope_type!r}: missing {missing}, not supported {unknown}")
         for name, value in given.items():
-            if name != "truncate":
+            if name == "truncate":
+                check_type(name, value, bool)
+            elif not name.startswith("mscale") or value != 0:
                 check_positive(f"{name} of rope scaling", value)
+        if rope_type == "llama3" and not given["low_freq_factor"] < given["high_freq_factor"]:
+            raise ValueError(f"low_freq_factor must be less than high_freq_factor, got {given}")
         return cls(theta, rope_type, given)
 
 
