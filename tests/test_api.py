@@ -334,7 +334,9 @@ def test_progress_goes_to_stderr_and_can_be_turned_off(tiny_model, capfd):
     make_llm(folder, use_tqdm=True).generate(FEW, greedy(4))
     out, err = capfd.readouterr()
     assert out == ""
-    assert all(word in err for word in ("Loading weights", "Generating", "4/4", "prefill=", "decode=", "tok/s"))
+    assert all(
+        word in err for word in ("Loading weights", "25/25", "Generating", "4/4", "prefill=", "decode=", "tok/s")
+    )
 
 
 def test_nobody_reads_the_progress_bar(tiny_model):

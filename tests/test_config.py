@@ -98,14 +98,6 @@ def test_options_are_checked_before_the_model_is_looked_for(wrong):
         LLM("/no/such/folder", **{wrong: 0})
 
 
-@pytest.mark.parametrize(
-    ("asked", "got"),
-    [("auto", torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32), (torch.float32, torch.float32)],
-)
-def test_dtype_auto_is_the_checkpoints_and_any_other_wins_over_it(asked, got):
-    assert Config(model="folder", dtype=asked).torch_dtype(torch.float16) is got
-
-
 @pytest.mark.parametrize(("has_cuda", "device"), [(False, "cpu"), (True, "cuda")])
 def test_device_auto_is_cuda_if_there_is_a_gpu(monkeypatch, has_cuda, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
@@ -292,13 +284,6 @@ def read_folder(folder, config, generation=None):
         if content is not None:
             (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     return ModelConfig.from_folder(folder, ModelConfig.from_hf)
-
-
-@pytest.mark.parametrize(
-    "hf", [Qwen3Config(**TINY), Qwen2Config(**TINY), new_config({"rope_type": "llama3", **LLAMA3})]
-)
-def test_a_folders_config_is_what_was_saved_there(tmp_path, hf):
-    assert read_folder(tmp_path, hf) == ModelConfig.from_hf(hf)
 
 
 def test_the_old_spelling_is_read_from_a_folder_too(tmp_path):
