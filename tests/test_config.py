@@ -10,7 +10,7 @@ import numpy
 import psutil
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import AttentionBackend
@@ -77,12 +77,8 @@ def test_a_wrong_value_is_refused_with_the_options_name_and_the_value(name, valu
 @pytest.mark.parametrize(
     ("unknown", "hint"),
     [
-        ("max_model_length", "did you mean 'max_model_len'?"),
-        ("block_size", "did you mean 'kvcache_block_size'?"),
         ("kv_cache_block_size", "did you mean 'kvcache_block_size'?"),
-        ("max_seqs", "did you mean 'max_num_seqs'?"),
-        ("tensor_parallel", "did you mean 'tensor_parallel_size'?"),
-        ("gpu_memory_utilisation", "did you mean 'gpu_memory_utilization'?"),
+        ("block_size", "did you mean 'kvcache_block_size'?"),
         ("backend", "did you mean 'attention_backend'?"),
         ("zzz", "known are " + ", ".join(list(OPTIONS)[1:])),
     ],
@@ -241,15 +237,13 @@ def scaled(rope_type, **parameters):
 @pytest.mark.parametrize(
     ("hf", "message"),
     [
-        (MistralConfig(**TINY), "model_type must be 'qwen3' or 'qwen2' or 'llama', got 'mistral'"),
-        (Qwen3MoeConfig(**TINY), "model_type must .*, got 'qwen3_moe'"),
+        (Qwen3MoeConfig(**TINY), "model_type must be 'qwen3' or 'qwen2' or 'llama', got 'qwen3_moe'"),
         (new_config(architectures=["LlamaForSequenceClassification"]), "'LlamaForSequenceClassification'"),
         (new_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised .*gptq"),
         (new_config(hidden_act="gelu"), "hidden_act must be 'silu', got 'gelu'"),
         (new_config(dtype="int8"), "dtype must .*torch.int8"),
         (old_config(torch_dtype="float8_e4m3fn"), "dtype must .*float8_e4m3fn"),
         (scaled("dynamic", factor=2.0), "rope_type must .* or 'yarn', got 'dynamic'"),
-        (old_config(rope_scaling={"rope_type": "longrope"}), "rope_type must .* or 'yarn', got 'longrope'"),
         (scaled("linear"), r"'linear': missing \['factor'\]"),
         (scaled("llama3", **LLAMA3 | {"low_freq_factor": None}), r"'llama3': missing \['low_freq_factor'\]"),
         (scaled("linear", factor=2.0, wobble=3), r"'linear': .*not supported \['wobble'\]"),
@@ -257,14 +251,12 @@ def scaled(rope_type, **parameters):
         (new_config({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
         (Qwen2Config(**TINY, **WINDOW, max_window_layers=1), "sliding-window .*16"),
         (old_config(model_type="qwen2", **WINDOW, max_window_layers=1), "sliding-window .*16"),  # has no layer_types
-        (Qwen3Config(**TINY, **WINDOW, max_window_layers=2), "sliding-window .*16"),
         (
             Qwen3Config(**TINY, **WINDOW, layer_types=["full_attention", "sliding_attention", "full_attention"]),
             "sliding-window .*16",
         ),
         (old_config(num_key_value_heads=3), "num_key_value_heads must divide num_attention_heads=4, got 3"),
         (old_config(num_hidden_layers=0), "num_hidden_layers must be at least 1, got 0"),
-        (old_config(vocab_size=0), "vocab_size must be at least 1, got 0"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(hf, message):
@@ -337,7 +329,6 @@ WRONG_FIELDS = {
     "architectures": [7],
     "rms_norm_eps": [-1.0, NAN],
     "head_dim": [0, 7],
-    "num_key_value_heads": [3],
     "max_position_embeddings": [0],
 }
 WRONG_GENERATION = {
