@@ -216,7 +216,7 @@ def test_a_skipped_token_within_a_character_takes_no_part_in_it(llm):
 def test_without_detokenization_there_is_no_text(llm):
     params = greedy(3, logprobs=1, prompt_logprobs=1, detokenize=False)
     (output,) = llm.generate([PROMPT], params)
-    assert output["text"] == ""
+    assert (output["text"], output["token_ids"]) == ("", llm.generate([PROMPT], greedy(3))[0]["token_ids"])
     rows = [*output.prompt_logprobs[1:], *output["logprobs"]]
     assert {candidate.decoded_token for row in rows for candidate in row.values()} == {None}
 
