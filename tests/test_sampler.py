@@ -99,6 +99,18 @@ def test_ties_with_the_last_one_are_kept_and_everything_where_a_row_is_greedy_or
     assert least.tolist() == [-torch.inf, 3.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_k": 2, "top_p": 0.5, "min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("bad", [[-torch.inf] * 4, [torch.nan] * 4, [1.0, torch.nan, 2.0, 3.0]], ids=str)
+def test_a_row_from_which_no_token_can_be_drawn_is_marked(params, bad):
+    """A processor may have banned them all, or an overflow made them NaN. The next step reads a token all the same."""
+    logits = torch.tensor([[0.0, 9.0, -torch.inf, 0.0], bad])
+    batch = make_batch([SamplingParams(**params)] * 2, 4)
+    last_token = torch.full((len(batch.sampling),), 7, dtype=torch.int32)
+    token_ids = nanovllm.layers.sampler.sample(logits, batch, last_token)
+    assert token_ids[1] == -1
+    assert last_token[batch.rows].tolist() == [token_ids[0], 0]
+
+
 def test_greedy_takes_the_lowest_of_tied_tokens_also_beside_random_rows():
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0]]).repeat(2, 1).bfloat16()
     greedy = SamplingParams(temperature=0)
