@@ -1,8 +1,10 @@
 """What several test modules need: small LLMs, requests of every kind, faults, and what must hold after a call."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import ModelRunner, StepInFlight
 
+ROOT = Path(__file__).parent.parent
 STORY = "Once upon a time"
 FEW = [[5, 6, 7], [9] * 20, [1], [3, 4] * 10]
 SHARED = [(5 * i + 3) % 128 for i in range(40)]
@@ -128,11 +131,19 @@ def fail_at(monkeypatch, owner, name, call, error):
 def run_script(code, *args):
     """What a Python process of its own prints."""
     command = [sys.executable, "-c", code, *map(str, args)]
-    root = Path(__file__).parent.parent
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # as in conftest.py
-    result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+@cache
+def load_example(name):
+    """The module of a script in examples/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def collect(increments):

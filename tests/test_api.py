@@ -118,13 +118,9 @@ def test_wrong_requests_are_refused_at_once_before_anything_runs(error, args, me
     assert_nothing_leaks(llm)
 
 
-def test_a_wrong_prompt_of_add_request_is_refused(llm):
-    for prompt, error, message in (
-        (5, TypeError, "prompt must be text.*got 5"),
-        ([2] * 500, ValueError, "model_len=128"),
-    ):
-        with pytest.raises(error, match=message):
-            llm.add_request(prompt)
+def test_a_number_is_no_prompt_for_add_request(llm):
+    with pytest.raises(TypeError, match=r"prompt must be text.*got 5"):
+        llm.add_request(5)
     assert_nothing_leaks(llm)
 
 
@@ -334,7 +330,9 @@ def test_progress_goes_to_stderr_and_can_be_turned_off(tiny_model, capfd):
     make_llm(folder, use_tqdm=True).generate(FEW, greedy(4))
     out, err = capfd.readouterr()
     assert out == ""
-    assert all(word in err for word in ("Loading weights", "Generating", "4/4", "prefill=", "decode=", "tok/s"))
+    assert all(
+        word in err for word in ("Loading weights", "25/25", "Generating", "4/4", "prefill=", "decode=", "tok/s")
+    )
 
 
 def test_nobody_reads_the_progress_bar(tiny_model):

@@ -1,7 +1,7 @@
 """Calls beside each other, of threads, open streams and `add_request`: one at a time, and each gets its own."""
 
 import gc
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import FEW, PROMPTS, assert_nothing_leaks, collect, drain, greedy, make_llm, num_unfinished, tokens
@@ -12,21 +12,9 @@ from nanovllm.engine.llm_engine import no_full_collections
 
 def in_threads(*calls):
     """The results of calls in threads of their own, or their exceptions."""
-    results = [None] * len(calls)
-
-    def run(i):
-        try:
-            results[i] = calls[i]()
-        except Exception as error:
-            results[i] = error
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive()
-    return results
+    with ThreadPoolExecutor(len(calls)) as pool:
+        futures = [pool.submit(call) for call in calls]
+        return [future.exception(timeout=120) or future.result() for future in futures]
 
 
 @pytest.mark.parametrize("overlapped", [True, False])

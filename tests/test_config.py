@@ -5,13 +5,12 @@ import re
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy
 import psutil
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import AttentionBackend
@@ -24,7 +23,7 @@ NAN = float("nan")
 # ---------------------------------------------------------------------------------------------------- options
 
 # Every option: nano-vllm's and vLLM's default, what is allowed beside it, and what is refused.
-OPTIONS: dict[str, tuple[Any, list[Any], list[Any]]] = {
+OPTIONS = {
     "model": ("folder", [Path("folder"), "owner/name"], [None, 3, ["folder"]]),
     "enforce_eager": (False, [True], [1, 0, "yes", None]),
     "max_model_len": (4096, [1, numpy.int64(7)], [0, -1, "4", True, 4096.0, None]),
@@ -60,17 +59,17 @@ ALLOWED = [(name, value) for name, (default, more, _) in OPTIONS.items() for val
 REFUSED = [(name, value) for name, (_, _, wrong) in OPTIONS.items() for value in wrong]
 
 
-def test_the_defaults_are_nano_vllms_and_vllms() -> None:
+def test_the_defaults_are_nano_vllms_and_vllms():
     assert vars(Config.from_options("folder", {})) == {name: default for name, (default, _, _) in OPTIONS.items()}
 
 
 @pytest.mark.parametrize(("name", "value"), ALLOWED, ids=str)
-def test_an_allowed_value_is_kept(name: str, value: Any) -> None:
+def test_an_allowed_value_is_kept(name, value):
     assert getattr(Config(**{"model": "folder", name: value}), name) == value
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED, ids=str)
-def test_a_wrong_value_is_refused_with_the_options_name_and_the_value(name: str, value: Any) -> None:
+def test_a_wrong_value_is_refused_with_the_options_name_and_the_value(name, value):
     with pytest.raises((TypeError, ValueError), match=rf"^{name}.*{re.escape(repr(value))}"):
         Config(**{"model": "folder", name: value})
 
@@ -78,42 +77,30 @@ def test_a_wrong_value_is_refused_with_the_options_name_and_the_value(name: str,
 @pytest.mark.parametrize(
     ("unknown", "hint"),
     [
-        ("max_model_length", "did you mean 'max_model_len'?"),
-        ("block_size", "did you mean 'kvcache_block_size'?"),
         ("kv_cache_block_size", "did you mean 'kvcache_block_size'?"),
-        ("max_seqs", "did you mean 'max_num_seqs'?"),
-        ("tensor_parallel", "did you mean 'tensor_parallel_size'?"),
-        ("gpu_memory_utilisation", "did you mean 'gpu_memory_utilization'?"),
+        ("block_size", "did you mean 'kvcache_block_size'?"),
         ("backend", "did you mean 'attention_backend'?"),
         ("zzz", "known are " + ", ".join(list(OPTIONS)[1:])),
     ],
 )
-def test_an_unknown_option_is_refused_with_the_nearest_known_one_or_all(unknown: str, hint: str) -> None:
+def test_an_unknown_option_is_refused_with_the_nearest_known_one_or_all(unknown, hint):
     with pytest.raises(TypeError, match=re.escape(f"'{unknown}'; {hint}") + "$"):
         Config.from_options("folder", {unknown: 1})
 
 
 @pytest.mark.parametrize("wrong", ["max_model_length", "max_num_seqs"])
-def test_options_are_checked_before_the_model_is_looked_for(wrong: str) -> None:
+def test_options_are_checked_before_the_model_is_looked_for(wrong):
     with pytest.raises((TypeError, ValueError), match=wrong):
         LLM("/no/such/folder", **{wrong: 0})
 
 
-@pytest.mark.parametrize(
-    ("asked", "got"),
-    [("auto", torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32), (torch.float32, torch.float32)],
-)
-def test_dtype_auto_is_the_checkpoints_and_any_other_wins_over_it(asked: Any, got: torch.dtype) -> None:
-    assert Config(model="folder", dtype=asked).torch_dtype(torch.float16) is got
-
-
 @pytest.mark.parametrize(("has_cuda", "device"), [(False, "cpu"), (True, "cuda")])
-def test_device_auto_is_cuda_if_there_is_a_gpu(monkeypatch: Any, has_cuda: bool, device: str) -> None:
+def test_device_auto_is_cuda_if_there_is_a_gpu(monkeypatch, has_cuda, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
     assert Config(model="folder").torch_device == torch.device(device)
 
 
-def test_a_cuda_device_must_be_there(monkeypatch: Any) -> None:
+def test_a_cuda_device_must_be_there(monkeypatch):
     for num_gpus, device, gpus in (0, "cuda", ""), (1, "cuda:1", " or 'cuda' or 'cuda:0'"):
         monkeypatch.setattr(torch.cuda, "device_count", lambda n=num_gpus: n)
         with pytest.raises(ValueError, match=f"^device must be 'auto' or 'cpu' or 'cpu:0'{gpus}, got '{device}'$"):
@@ -122,16 +109,16 @@ def test_a_cuda_device_must_be_there(monkeypatch: Any) -> None:
     assert Config(model="folder", device="cuda:1").torch_device == torch.device("cuda:1")
 
 
-def test_options_and_a_models_config_are_frozen_and_can_be_changed_by_a_copy() -> None:
+def test_options_and_a_models_config_are_frozen_and_can_be_changed_by_a_copy():
     for config in Config(model="folder"), ModelConfig.from_hf(new_config()):
         with pytest.raises(FrozenInstanceError):
-            config.dtype = torch.float32  # type: ignore[misc]
+            config.dtype = torch.float32
         assert replace(config, dtype=torch.float32).dtype is torch.float32
 
 
 # --------------------------------------------------------------------------------------- the checkpoint's config
 
-TINY: dict[str, Any] = {
+TINY = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -143,13 +130,13 @@ TINY: dict[str, Any] = {
 }
 
 
-def old_config(**changes: Any) -> SimpleNamespace:
+def old_config(**changes):
     """A Llama config as transformers 4 spells it: rope_theta beside rope_scaling, torch_dtype."""
     old = {"model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 500000.0}
     return SimpleNamespace(**{**TINY, **old, "rope_scaling": None, "torch_dtype": torch.bfloat16, **changes})
 
 
-def new_config(rope: dict[str, Any] | None = None, **changes: Any) -> LlamaConfig:
+def new_config(rope=None, **changes):
     """The same as transformers 5 spells it: rope_parameters, dtype."""
     rope_parameters = {"rope_type": "default", "rope_theta": 500000.0, **(rope or {})}
     given = {**TINY, "rope_parameters": rope_parameters, "dtype": "bfloat16", "eos_token_id": None, **changes}
@@ -159,7 +146,7 @@ def new_config(rope: dict[str, Any] | None = None, **changes: Any) -> LlamaConfi
 FLAGS = ("qk_norm", "qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings")
 
 
-def test_every_size_is_read() -> None:
+def test_every_size_is_read():
     hf = Qwen3Config(**TINY, head_dim=16, tie_word_embeddings=True, dtype="float16")
     flags = dict.fromkeys(FLAGS, False) | {"qk_norm": True, "tie_word_embeddings": True}
     read = {"head_dim": 16, "rope": RopeConfig(theta=10000.0), "dtype": torch.float16, "eos_token_ids": frozenset()}
@@ -182,7 +169,7 @@ def test_every_size_is_read() -> None:
         (Qwen3Config(**TINY, use_sliding_window=False, sliding_window=16), {"qk_norm"}),
     ],
 )
-def test_architectures_differ_in_flags(hf: Any, flags: set[str]) -> None:
+def test_architectures_differ_in_flags(hf, flags):
     config = ModelConfig.from_hf(hf)
     assert {name for name in FLAGS if getattr(config, name)} == flags
 
@@ -202,7 +189,7 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
         ("yarn", YARN | {"beta_fast": 16.0}),
     ],
 )
-def test_the_old_spelling_equals_the_new(rope_type: str, parameters: dict[str, Any], type_key: str) -> None:
+def test_the_old_spelling_equals_the_new(rope_type, parameters, type_key):
     old = old_config(rope_scaling={type_key: rope_type, **parameters})
     new = ModelConfig.from_hf(new_config({"rope_type": rope_type, **parameters}))
     assert ModelConfig.from_hf(old) == ModelConfig.from_hf(old) == new, "reading changes nothing"
@@ -236,22 +223,21 @@ def test_the_old_spelling_equals_the_new(rope_type: str, parameters: dict[str, A
     ],
     ids=str,
 )
-def test_what_is_not_given_or_given_in_another_way_is_derived(changes: dict[str, Any], name: str, value: Any) -> None:
+def test_what_is_not_given_or_given_in_another_way_is_derived(changes, name, value):
     assert getattr(ModelConfig.from_hf(old_config(**changes)), name) == value
 
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 16}
 
 
-def scaled(rope_type: str, **parameters: Any) -> SimpleNamespace:
+def scaled(rope_type, **parameters):
     return old_config(rope_scaling={"type": rope_type, **parameters})
 
 
 @pytest.mark.parametrize(
     ("hf", "message"),
     [
-        (MistralConfig(**TINY), "model_type must be 'qwen3' or 'qwen2' or 'llama', got 'mistral'"),
-        (Qwen3MoeConfig(**TINY), "model_type must .*, got 'qwen3_moe'"),
+        (Qwen3MoeConfig(**TINY), "model_type must be 'qwen3' or 'qwen2' or 'llama', got 'qwen3_moe'"),
         (new_config(architectures=["LlamaForSequenceClassification"]), "'LlamaForSequenceClassification'"),
         (
             new_config(quantization_config={"quant_method": "gptq", "bits": 4}),
@@ -261,24 +247,22 @@ def scaled(rope_type: str, **parameters: Any) -> SimpleNamespace:
         (new_config(dtype="int8"), "dtype must .*torch.int8"),
         (old_config(torch_dtype="float8_e4m3fn"), "dtype must .*float8_e4m3fn"),
         (scaled("dynamic", factor=2.0), "rope_type must .* or 'yarn', got 'dynamic'"),
-        (old_config(rope_scaling={"rope_type": "longrope"}), "rope_type must .* or 'yarn', got 'longrope'"),
         (scaled("linear"), r"'linear': missing \['factor'\]"),
         (scaled("llama3", **LLAMA3 | {"low_freq_factor": None}), r"'llama3': missing \['low_freq_factor'\]"),
         (scaled("linear", factor=2.0, wobble=3), r"'linear': .*not supported \['wobble'\]"),
         (old_config(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (new_config({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
         (Qwen2Config(**TINY, **WINDOW, max_window_layers=1), "layer_types must .*, got 'sliding_attention'"),
-        (Qwen3Config(**TINY, **WINDOW, max_window_layers=2), "layer_types must .*, got 'sliding_attention'"),
+        (scaled("llama3", **LLAMA3 | {"low_freq_factor": 4.0}), "low_freq_factor must be less than high_freq_factor"),
         (
             Qwen3Config(**TINY, **WINDOW, layer_types=["full_attention", "sliding_attention", "full_attention"]),
             "layer_types must .*, got 'sliding_attention'",
         ),
         (old_config(num_key_value_heads=3), "num_key_value_heads must divide num_attention_heads=4, got 3"),
         (old_config(num_hidden_layers=0), "num_hidden_layers must be at least 1, got 0"),
-        (old_config(vocab_size=0), "vocab_size must be at least 1, got 0"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(hf: Any, message: str) -> None:
+def test_what_is_not_supported_is_refused_by_name(hf, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_hf(hf)
 
@@ -286,7 +270,7 @@ def test_what_is_not_supported_is_refused_by_name(hf: Any, message: str) -> None
 # ------------------------------------------------------------------------------------------ the checkpoint's folder
 
 
-def read_folder(folder: Path, config: Any, generation: Any = None) -> ModelConfig:
+def read_folder(folder, config, generation=None):
     """What is read of a folder whose files have this content: a config to save, an object, bytes or nothing."""
     if isinstance(config, LlamaConfig | Qwen2Config | Qwen3Config):
         config.save_pretrained(folder)
@@ -297,14 +281,7 @@ def read_folder(folder: Path, config: Any, generation: Any = None) -> ModelConfi
     return ModelConfig.from_folder(folder, ModelConfig.from_hf)
 
 
-@pytest.mark.parametrize(
-    "hf", [Qwen3Config(**TINY), Qwen2Config(**TINY), new_config({"rope_type": "llama3", **LLAMA3})]
-)
-def test_a_folders_config_is_what_was_saved_there(tmp_path: Path, hf: Any) -> None:
-    assert read_folder(tmp_path, hf) == ModelConfig.from_hf(hf)
-
-
-def test_the_old_spelling_is_read_from_a_folder_too(tmp_path: Path) -> None:
+def test_the_old_spelling_is_read_from_a_folder_too(tmp_path):
     old = vars(old_config(rope_scaling={"type": "linear", "factor": 2.0}, torch_dtype="bfloat16", eos_token_id=2))
     new = new_config({"rope_type": "linear", "factor": 2.0}, eos_token_id=2)
     assert read_folder(tmp_path, old) == ModelConfig.from_hf(new)
@@ -322,9 +299,7 @@ def test_the_old_spelling_is_read_from_a_folder_too(tmp_path: Path) -> None:
         (None, {"eos_token_id": None}, set()),
     ],
 )
-def test_eos_tokens_are_the_generation_configs_or_else_the_configs(
-    tmp_path: Path, eos: Any, generation: Any, expected: set[int]
-) -> None:
+def test_eos_tokens_are_the_generation_configs_or_else_the_configs(tmp_path, eos, generation, expected):
     assert read_folder(tmp_path, new_config(eos_token_id=eos), generation).eos_token_ids == expected
 
 
@@ -337,9 +312,7 @@ def test_eos_tokens_are_the_generation_configs_or_else_the_configs(
         ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.0}),
     ],
 )
-def test_sampling_params_are_what_the_generation_config_means(
-    tmp_path: Path, generation: dict[str, Any], expected: dict[str, Any]
-) -> None:
+def test_sampling_params_are_what_the_generation_config_means(tmp_path, generation, expected):
     config = read_folder(tmp_path, new_config(), generation)
     assert config.default_sampling_params == SamplingParams(**expected)
 
@@ -359,7 +332,6 @@ WRONG_FIELDS = {
     "architectures": [7],
     "rms_norm_eps": [-1.0, NAN],
     "head_dim": [0, 7],
-    "num_key_value_heads": [3],
     "max_position_embeddings": [0],
 }
 WRONG_GENERATION = {
@@ -398,14 +370,12 @@ WRONG_GENERATION = {
         ),
     ],
 )
-def test_what_is_wrong_in_a_folder_is_named_with_its_file(
-    tmp_path: Path, config: Any, generation: Any, message: str
-) -> None:
+def test_what_is_wrong_in_a_folder_is_named_with_its_file(tmp_path, config, generation, message):
     with pytest.raises(ValueError, match=f"(?s){re.escape(str(tmp_path))}{message}"):
         read_folder(tmp_path, config, generation)
 
 
-def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
+def test_code_in_a_folder_is_never_run(tmp_path):
     auto_map = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
     ran = tmp_path / "ran"
     (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nraise SystemExit\n")
@@ -417,7 +387,7 @@ def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- memory
 
 
-def pool_gib(total: float, free: float, utilization: float, held: float, peak: float) -> float:
+def pool_gib(total, free, utilization, held, peak):
     total, free, held, peak = (int(size * GIB) for size in (total, free, held, peak))
     return pool_bytes(total, free, utilization, held, peak) / GIB
 
@@ -432,13 +402,11 @@ def pool_gib(total: float, free: float, utilization: float, held: float, peak: f
         *((80, 64 - others, 0.5, 16, 4, 20) for others in (0, 10, 30)),
     ],
 )
-def test_the_pool_is_our_share_less_what_we_hold_and_a_steps_peak(
-    total: float, free: float, utilization: float, held: float, peak: float, pool: float
-) -> None:
+def test_the_pool_is_our_share_less_what_we_hold_and_a_steps_peak(total, free, utilization, held, peak, pool):
     assert pool_gib(total, free, utilization, held, peak) == pytest.approx(pool)
 
 
-def test_one_byte_more_than_is_free_is_refused() -> None:
+def test_one_byte_more_than_is_free_is_refused():
     assert pool_bytes(total=1000, free=800, utilization=1.0, held=200, peak=100) == 700
     with pytest.raises(ValueError, match="are free"):
         pool_bytes(total=1000, free=799, utilization=1.0, held=200, peak=100)
@@ -454,8 +422,8 @@ def test_one_byte_more_than_is_free_is_refused() -> None:
     ],
 )
 def test_a_share_that_leaves_nothing_or_more_than_is_free_is_refused_with_the_figures(
-    total: int, free: int, utilization: float, held: int, peak: int, figures: str
-) -> None:
+    total, free, utilization, held, peak, figures
+):
     with pytest.raises(ValueError, match="GiB") as refused:
         pool_gib(total, free, utilization, held, peak)
     share = f"gpu_memory_utilization={utilization} of {total}.00 GiB is {total * utilization:.2f} GiB"
@@ -483,8 +451,8 @@ V1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
     ],
 )
 def test_host_memory_is_what_a_cgroup_leaves_of_what_is_available(
-    tmp_path: Path, monkeypatch: Any, names: tuple[str, str], limit: Any, usage: Any, available: int
-) -> None:
+    tmp_path, monkeypatch, names, limit, usage, available
+):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     for name, value in zip(names, (limit, usage), strict=True):
         if value is not None:

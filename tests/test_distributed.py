@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +24,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.memory import GIB, check_weights_fit
 from nanovllm.layers.linear import vocabulary_share
 from nanovllm.parallel.group import Group
-from nanovllm.parallel.workers import Workers, set_tcp_options
+from nanovllm.parallel.workers import Workers
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers are joined by socket pairs")
 
@@ -83,11 +82,15 @@ except RuntimeError as error:
     assert "one LLM at a time: close the other one first" in str(error)
     llm.close()
 """
-ASSERT_ALIVE = """
+SENDS_AT_ONCE_AND_NOTICES_A_HOST_THAT_IS_GONE = """
 import os, socket
 (connection,) = llm.engine.workers.connections
 with socket.socket(fileno=os.dup(connection.fileno())) as tcp:
+    assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     assert tcp.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    if sys.platform == "linux":
+        assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 10
+        assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
 """
 
 
@@ -289,17 +292,6 @@ def test_a_worker_that_is_killed_while_the_ranks_meet(device, tiny_model, monkey
         assert len(llm.generate([[1, 2]], PARAMS[0], use_tqdm=False)[0]["token_ids"]) == 12
 
 
-def test_messages_over_tcp_are_sent_at_once_and_a_host_that_is_gone_is_noticed():
-    with Listener(("127.0.0.1", 0)) as listener, Client(listener.address), listener.accept() as connection:
-        set_tcp_options(connection)
-        with socket.socket(fileno=os.dup(connection.fileno())) as tcp:
-            assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            assert tcp.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-            if sys.platform == "linux":
-                assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 10
-                assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
-
-
 @pytest.mark.parametrize(
     ("model_class", "message"),
     [(FailsAtStart, "no room for this rank's weights"), (FailsInTheMiddle, "no room for this step")],
@@ -416,7 +408,7 @@ def test_torchrun(device, num_nodes, tiny_model, tmp_path):
     """The ranks that it starts become one engine, twice; two nodes are two torchruns on this machine."""
     folder = tiny_model("qwen3")
     script = tmp_path / "script.py"
-    script.write_text(START + SECOND + START + GENERATE + ASSERT_ALIVE)
+    script.write_text(START + SECOND + START + GENERATE + SENDS_AT_ONCE_AND_NOTICES_A_HOST_THAT_IS_GONE)
     place = ["--standalone"]
     if num_nodes > 1:
         with socket.create_server(("127.0.0.1", 0)) as server:

@@ -1,6 +1,5 @@
 """The example on Ray Data: every row once, whoever answers it and whoever dies, and nothing is left running."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,10 +12,10 @@ import time
 import uuid
 from argparse import Namespace
 from datetime import datetime
-from pathlib import Path
 
 import psutil
 import pytest
+from helpers import ROOT, greedy, load_example
 
 from nanovllm import LLM, SamplingParams
 
@@ -24,16 +23,10 @@ pytest.importorskip("ray.data", reason="needs ray[data]")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "ray_batch.py"
 MARK = "NANOVLLM_TEST_RUN"  # in the environment of the example, which all of Ray's processes inherit
 
 
-@pytest.fixture(scope="module")
-def ray_batch():
-    spec = importlib.util.spec_from_file_location("ray_batch", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+ray_batch = load_example("ray_batch")
 
 
 def write_jsonl(file, rows):
@@ -51,7 +44,7 @@ def written_lines(folder):
 
 
 @pytest.fixture
-def refused(ray_batch, tmp_path, monkeypatch, capsys):
+def refused(tmp_path, monkeypatch, capsys):
     """`refused(*options)`: the message of a run that must end before Ray starts."""
 
     def refuse(*options, source=tmp_path / "in.jsonl", output=tmp_path / "out"):
@@ -126,12 +119,6 @@ def test_an_output_that_exists_or_has_files_is_left_alone(name, refused, tmp_pat
     assert file.read_text() == '{"a": 1}\n'
 
 
-def test_the_demo_model_is_asked_for(ray_batch, monkeypatch, tmp_path):
-    monkeypatch.setattr(ray_batch, "DEMO_MODEL", tmp_path / "none")
-    with pytest.raises(SystemExit, match="make demo"):
-        ray_batch.main(["--input", "in.jsonl", "--output", "out"])
-
-
 @pytest.mark.parametrize(
     ("gpus", "actors", "tensor_parallel_size", "expected"),
     [
@@ -145,7 +132,7 @@ def test_the_demo_model_is_asked_for(ray_batch, monkeypatch, tmp_path):
         ([0], None, 2, "do not fit"),
     ],
 )
-def test_the_pool_fits_the_gpus(gpus, actors, tensor_parallel_size, expected, ray_batch, monkeypatch):
+def test_the_pool_fits_the_gpus(gpus, actors, tensor_parallel_size, expected, monkeypatch):
     nodes = [{"Alive": True, "Resources": {"CPU": 4.0} | ({"GPU": float(n)} if n else {})} for n in gpus]
     nodes.append({"Alive": False, "Resources": {"GPU": 8.0}})
     monkeypatch.setattr(ray_batch.ray, "nodes", lambda: nodes)
@@ -161,41 +148,46 @@ def test_the_pool_fits_the_gpus(gpus, actors, tensor_parallel_size, expected, ra
 # rows
 
 
-def test_an_answer_depends_on_its_row_alone(ray_batch, text_model, tmp_path):
+def read(folder, rows):
+    """The table that is read of a file with these rows."""
+    file = write_jsonl(folder / "part" / "in.jsonl", rows)
+    (table,) = ray_batch.read_rows(file, folder, "prompt", [])
+    return table
+
+
+def answer(model, *tables, temperature=0.8, seed=0, chat=False):
+    """The rows that one engine makes of tables, one after the other."""
+    args = Namespace(model=model, prompt_column="prompt", answer_column="said", seed=seed, chat=chat)
+    params = SamplingParams(temperature=temperature, max_tokens=5)
+    answerer = ray_batch.Answerer(args, params, {"use_tqdm": False})
+    return [row for table in tables for row in ray_batch.rows_of(answerer(table))]
+
+
+def test_an_answer_depends_on_its_row_alone(text_model, tmp_path):
     rows = [{"prompt": f"Number {i}", "extra": {"a": [i, None]}} for i in range(9)]
     rows[4]["prompt"] = "long " * 300
-    file = write_jsonl(tmp_path / "part" / "in.jsonl", rows)
-    (table,) = ray_batch.read_rows(file, tmp_path, "prompt", [])
+    table = read(tmp_path, rows)
     assert table["row_id"].to_pylist() == [f"part/in.jsonl:{i}" for i in range(9)]
-
-    def answer(seed, *tables):
-        args = Namespace(model=text_model, prompt_column="prompt", answer_column="said", seed=seed, chat=False)
-        answerer = ray_batch.Answerer(args, SamplingParams(temperature=0.8, max_tokens=5), {"use_tqdm": False})
-        return [row for table in tables for row in ray_batch.rows_of(answerer(table))]
-
-    together = answer(0, table)
-    assert answer(0, table[6:], table[:2], table[2:6]) == together[6:] + together[:6]
+    together = answer(text_model, table)
+    assert answer(text_model, table[6:], table[:2], table[2:6]) == together[6:] + together[:6]
     for i, row in enumerate(together):
         new = {name: row.pop(name) for name in ("row_id", "said", "finish_reason", "error")}
         assert row == rows[i]
         assert (new["error"] is None) == (new["said"] is not None) == (new["finish_reason"] == "length") == (i != 4)
         row |= new
     assert "301 tokens" in together[4]["error"]
-    others = answer(1, table)
+    others = answer(text_model, table, seed=1)
     assert all(row["said"] != other["said"] for row, other in zip(together, others) if row["said"] is not None)
 
 
-def test_a_prompt_may_be_what_a_user_says(ray_batch, text_model, tmp_path):
+def test_a_prompt_may_be_what_a_user_says(text_model, tmp_path):
     prompts = ["Hello", "What is the capital of France?"]
-    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": prompt} for prompt in prompts])
-    (table,) = ray_batch.read_rows(file, tmp_path, "prompt", [])
-    args = Namespace(model=text_model, prompt_column="prompt", answer_column="said", seed=0, chat=True)
-    params = SamplingParams(temperature=0, max_tokens=5)
-    answered = ray_batch.rows_of(ray_batch.Answerer(args, params, {"use_tqdm": False})(table))
+    table = read(tmp_path, [{"prompt": prompt} for prompt in prompts])
+    answered = answer(text_model, table, temperature=0, chat=True)
     with LLM(text_model, use_tqdm=False) as llm:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        expected = [output["text"] for output in llm.chat(chats, params, use_tqdm=False)]
-        assert expected != [output["text"] for output in llm.generate(prompts, params, use_tqdm=False)]
+        expected = [output["text"] for output in llm.chat(chats, greedy(5), use_tqdm=False)]
+        assert expected != [output["text"] for output in llm.generate(prompts, greedy(5), use_tqdm=False)]
     assert [(row["prompt"], row["said"]) for row in answered] == list(zip(prompts, expected))
 
 
@@ -210,8 +202,8 @@ class Run:
         # Paths of sockets must be short. A cluster that happens to be there is not this test's.
         self.ray_folder = tempfile.mkdtemp(prefix="ray")
         env = {"RAY_TMPDIR": self.ray_folder, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", MARK: self.mark}
-        paths = [str(EXAMPLE.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        command = [sys.executable, str(EXAMPLE), *map(str, options)]
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        command = [sys.executable, ray_batch.__file__, *map(str, options)]
         with self.log.open("w") as log:
             env = os.environ | env | {"PYTHONPATH": os.pathsep.join(paths)}
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
@@ -317,8 +309,7 @@ def test_an_engine_that_is_killed_costs_no_answer(demo_model, tmp_path):
     answers = {row["row_id"]: row for row in found}
     assert len(found) == len(answers) == 200
     with LLM(demo_model, device="cpu", dtype="float32", max_model_len=512, use_tqdm=False) as llm:
-        params = SamplingParams(temperature=0, max_tokens=8)
-        expected = llm.generate([row["prompt"] for row in rows], params, use_tqdm=False)
+        expected = llm.generate([row["prompt"] for row in rows], greedy(8), use_tqdm=False)
     for i, (row, one) in enumerate(zip(rows, expected)):
         row_id = f"{i // 100}.jsonl:{i % 100}"
         new = {"row_id": row_id, "answer": one["text"], "finish_reason": one["finish_reason"], "error": None}

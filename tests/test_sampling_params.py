@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import FrozenInstanceError, asdict
-from typing import Any
 
 import numpy
 import pytest
@@ -13,7 +12,7 @@ NAN, INF = float("nan"), float("inf")
 
 # Every parameter: nano-vllm's default of the first three and vLLM's of the rest, what is allowed (its edges, and numpy's
 # numbers), and what is refused.
-PARAMETERS: dict[str, tuple[Any, list[Any], list[Any]]] = {
+PARAMETERS = {
     "temperature": (
         1.0,
         [0, 0.0, 1, 1e-6, 100.0, 1e30, numpy.float32(0.5)],
@@ -53,12 +52,12 @@ ALLOWED = [(name, value) for name, (default, more, _) in PARAMETERS.items() for 
 REFUSED = [(name, value) for name, (_, _, wrong) in PARAMETERS.items() for value in wrong]
 
 
-def test_the_defaults_are_nano_vllms_first_three_and_vllms_rest() -> None:
+def test_the_defaults_are_nano_vllms_first_three_and_vllms_rest():
     assert asdict(SamplingParams()) == {name: default for name, (default, _, _) in PARAMETERS.items()}
 
 
 @pytest.mark.parametrize(("name", "value"), ALLOWED, ids=str)
-def test_what_is_allowed_is_kept_and_lists_as_tuples(name: str, value: Any) -> None:
+def test_what_is_allowed_is_kept_and_lists_as_tuples(name, value):
     kept = getattr(SamplingParams(**{name: value}), name)
     if name in ("stop_token_ids", "allowed_token_ids", "stop", "logits_processors") and value is not None:
         value = (value,) if isinstance(value, str) else tuple(value)
@@ -66,7 +65,7 @@ def test_what_is_allowed_is_kept_and_lists_as_tuples(name: str, value: Any) -> N
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED, ids=str)
-def test_a_wrong_value_is_refused_with_the_parameters_name_and_the_value(name: str, value: Any) -> None:
+def test_a_wrong_value_is_refused_with_the_parameters_name_and_the_value(name, value):
     """Of a list or a dict, the error shows the entry."""
     entries = value[-1:] if isinstance(value, list) and value and name != "logit_bias" else [value]
     if isinstance(value, dict):
@@ -86,7 +85,6 @@ def test_a_wrong_value_is_refused_with_the_parameters_name_and_the_value(name: s
         ({"top_p": None}, TypeError, "a number"),
         ({"top_p": 0.0}, ValueError, r"must be above 0 and at most 1\.0, got 0\.0"),
         ({"ignore_eos": 1}, TypeError, "a bool"),
-        ({"n": 0}, ValueError, "at least 1"),
         ({"stop": [1]}, TypeError, "a str"),
         ({"stop": ""}, ValueError, "a non-empty text"),
         ({"logit_bias": [1]}, TypeError, "a Mapping or None"),
@@ -102,18 +100,12 @@ def test_a_wrong_value_is_refused_with_the_parameters_name_and_the_value(name: s
     ],
     ids=str,
 )
-def test_an_error_is_of_the_right_type_and_says_what_is_allowed(
-    params: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_an_error_is_of_the_right_type_and_says_what_is_allowed(params, error, message):
     with pytest.raises(error, match=message):
         SamplingParams(**params)
 
 
-def test_as_many_min_tokens_as_max_tokens_are_allowed() -> None:
-    assert SamplingParams(max_tokens=4, min_tokens=4).min_tokens == 4
-
-
-def test_the_callers_list_and_dict_may_change() -> None:
+def test_the_callers_list_and_dict_may_change():
     stop_token_ids, bias = [1, 2], {1: 2.0}
     params = SamplingParams(stop_token_ids=stop_token_ids, logit_bias=bias)
     stop_token_ids.append(3)
@@ -122,14 +114,13 @@ def test_the_callers_list_and_dict_may_change() -> None:
     assert hash(SamplingParams(stop_token_ids=[1, 2])) == hash(SamplingParams(stop_token_ids=(1, 2)))
 
 
-def test_the_first_three_are_positional_as_in_nano_vllm_and_the_rest_are_not() -> None:
+def test_the_first_three_are_positional_as_in_nano_vllm_and_the_rest_are_not():
     assert SamplingParams(0.6, 256, True) == SamplingParams(temperature=0.6, max_tokens=256, ignore_eos=True)
     with pytest.raises(TypeError, match="positional"):
-        SamplingParams(0.6, 256, True, 20)  # type: ignore[misc]
+        SamplingParams(0.6, 256, True, 20)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_it_is_frozen(name: str) -> None:
+def test_it_is_frozen():
     """One object may serve many requests, and was validated when it was made."""
     with pytest.raises(FrozenInstanceError):
-        setattr(SamplingParams(), name, 1)
+        SamplingParams().max_tokens = 1

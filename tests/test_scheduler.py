@@ -180,15 +180,6 @@ def test_admission_comes_in_bunches():
     assert num_mixed < num_steps / 4
 
 
-def test_what_was_read_of_a_prompt_before_a_preemption_is_not_read_again():
-    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
-    seq = Sequence(0, array("i", range(10)), params, 0, 1, prompt_logprobs=[None, {1: 0.0}, {2: 0.0}, {3: 0.0}])
-    scheduler = Scheduler(BlockManager(100, 4), max_num_seqs=1, max_num_batched_tokens=6)
-    scheduler.add(seq)
-    reads = [chunk.scored for step in (scheduler.schedule(), scheduler.schedule()) for chunk in step.chunks]
-    assert reads == [range(4, 7), range(7, 10)]
-
-
 @pytest.mark.parametrize("caching", [False, True])
 def test_the_newest_is_preempted_and_resumes_and_cached_tokens_count_once(caching):
     """num_cached_tokens says what the first admission found, not what a resumed sequence finds of itself."""
@@ -216,15 +207,6 @@ def cache_prompt(manager, token_ids):
 
 def match(manager, token_ids):
     return manager.match(sequence(token_ids))
-
-
-def test_a_hit_needs_the_same_tokens_after_the_same_prefix():
-    manager = BlockManager(20, 4)
-    blocks = cache_prompt(manager, [1, 2, 3, 4, 5, 6, 7, 8])
-    assert match(manager, [1, 2, 3, 4, 5, 6, 7, 8, 9]) == blocks
-    assert match(manager, [1, 2, 3, 4, 5, 6, 7, 8]) == blocks[:1], "the last token is always computed"
-    assert match(manager, [9, 2, 3, 4, 5, 6, 7, 8, 9]) == []
-    assert match(manager, [5, 6, 7, 8, 9]) == [], "the same tokens at another place"
 
 
 def test_a_block_whose_prefix_was_evicted_never_matches_another_prefix():
@@ -282,11 +264,3 @@ def test_extend_takes_nothing_when_too_few_blocks_are_free():
     seq = sequence([0] * 9)
     assert not manager.extend(seq, 9)
     assert (seq.block_table, len(manager.free)) == ([], 3)
-
-
-@pytest.mark.parametrize("overlapped", [True, False])
-def test_abort_frees_running_and_waiting(overlapped):
-    scheduler = Scheduler(BlockManager(50, 4), 2, 100)
-    sequences = make_sequences(4, 6, 10)
-    run(sequences, scheduler, overlapped, aborts=[(3, 0), (3, 3)])
-    assert [seq.finish_reason for seq in sequences] == ["abort", "length", "length", "abort"]

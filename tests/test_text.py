@@ -3,7 +3,7 @@
 import pytest
 import tokenizers
 import transformers
-from helpers import force, greedy, make_llm
+from helpers import STORY, assert_nothing_leaks, collect, force, greedy, make_llm
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,14 +64,10 @@ PROMPT = ids("<s>", "▁a", "▁do")
 @pytest.mark.parametrize(
     ("prompt", "completion", "expected"),
     [
-        (PROMPT, ids("▁Paris", "▁and"), " Paris and"),
-        ([*PROMPT, IDS["\n"]], ids("▁▁▁▁", "return"), "    return"),
         (PROMPT, ids("▁a", "🙂", "▁and", "é"), " a🙂 andé"),
-        (PROMPT, ids("\n", "é", "<0x0A>", "日本"), "\né\n日本"),
         (PROMPT, ids("<0x0A>", "<0xF0>", "<0x9F>"), "\n��"),  # one for each byte, as transformers decodes them
         (PROMPT, ids("<0x0A>", "<0xF0>", "▁a"), "\n� a"),
         ([*PROMPT, *ids("日", "<0xF0>", "<0x9F>")], ids("<0x99>", "<0x82>", "▁a"), "🙂 a"),  # the prompt ends within it
-        ([*PROMPT, *ids("日本語日本語")], ids("日"), "日"),
         (ids("日本語日本語", "<0xE6>"), ids("<0x97>", "<0xA5>"), "日"),
         (ids("<s>"), ids("▁Paris", "▁and"), "Paris and"),  # nothing goes before
         (PROMPT, ids("▁a", "</s>", "▁and"), " a and"),
@@ -169,6 +165,36 @@ def test_generate_stream_stops_and_logprobs_have_one_text(llm, completion):
         assert "".join(new.text for new in llm.stream([PROMPT], params)) == output["text"]
 
 
+def test_a_stream_adds_up_to_what_generate_returns_and_never_splits_a_character(demo):
+    prompts = [STORY, "Emoji: 😀 🎉 你好 😀 🎉", "The quick brown fox", STORY]
+    emoji = demo.tokenizer("😀🎉你", add_special_tokens=False)["input_ids"]
+    assert len(emoji) > 3
+    params = [
+        greedy(30, logprobs=1),
+        SamplingParams(n=3, max_tokens=30, seed=5, temperature=1.5, stop=["e t", "."]),
+        greedy(30, stop="no such text", skip_special_tokens=False),
+        SamplingParams(**force(*emoji)),
+    ]
+    increments = list(demo.stream(prompts, params))
+    assert not any("\ufffd" in new.text for new in increments if new.prompt_index == 3)
+    streamed = collect(increments)
+    assert streamed[3, 0] == ("😀🎉你", emoji, "length")
+    for i, output in enumerate(demo.generate(prompts, params)):
+        for sample in output.outputs:
+            assert streamed[i, sample.index] == (sample.text, sample.token_ids, sample.finish_reason)
+    assert_nothing_leaks(demo)
+
+
+def test_a_stream_comes_token_by_token_and_never_shows_what_a_stop_string_takes_away(demo):
+    text = demo.generate(STORY, greedy(40))[0]["text"]
+    stop = text[20:32]
+    increments = list(demo.stream(STORY, greedy(40, stop=stop)))
+    assert all(len(new.token_ids) == 1 for new in increments)
+    assert "".join(new.text for new in increments) == text[: text.index(stop)]
+    assert len([new for new in increments if new.text]) > 2
+    assert (increments[-1].finish_reason, increments[-1].stop_reason) == ("stop", stop)
+
+
 def test_prompt_logprobs_join_to_the_prompt(llm):
     prompt = ids("▁a", "é", "▁do", "<s>", "日本🙂", "\n", "</s>")
     (output,) = llm.generate([prompt], greedy(1, prompt_logprobs=3))
@@ -190,7 +216,7 @@ def test_a_skipped_token_within_a_character_takes_no_part_in_it(llm):
 def test_without_detokenization_there_is_no_text(llm):
     params = greedy(3, logprobs=1, prompt_logprobs=1, detokenize=False)
     (output,) = llm.generate([PROMPT], params)
-    assert output["text"] == ""
+    assert (output["text"], output["token_ids"]) == ("", llm.generate([PROMPT], greedy(3))[0]["token_ids"])
     rows = [*output.prompt_logprobs[1:], *output["logprobs"]]
     assert {candidate.decoded_token for row in rows for candidate in row.values()} == {None}
 
