@@ -41,11 +41,11 @@ class GraniteAttention(Attention):
 
     def __init__(self, config: GraniteModelConfig, backend: AttentionBackend, group: Group):
         super().__init__(config, backend, group)
-        self.num_heads = group.share(config.num_attention_heads).size
+        self.q_size = group.share(config.num_attention_heads, config.head_dim).size
         self.scale = config.attention_multiplier * config.head_dim**0.5
 
     def attend(self, qkv: Tensor, rotary: Rotary, cache: KVCache, batch: Batch) -> Tensor:
-        qkv[:, : self.num_heads] *= self.scale
+        qkv[:, : self.q_size] *= self.scale
         return super().attend(qkv, rotary, cache, batch)
 
 
@@ -59,7 +59,8 @@ class GraniteLayer(DecoderLayer):
         self, x: Tensor, residual: Tensor, rotary: Rotary, cache: KVCache, batch: Batch
     ) -> tuple[Tensor, Tensor]:
         residual = residual + x
-        x = self.self_attn(self.input_layernorm(residual), rotary, cache, batch)
+        qkv = self.self_attn.qkv_proj(self.input_layernorm(residual))
+        x = self.self_attn.o_proj(self.self_attn.attend(qkv, rotary, cache, batch))
         residual = residual + x * self.multiplier
         return self.mlp(self.post_attention_layernorm(residual)) * self.multiplier, residual
 

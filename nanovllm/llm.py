@@ -16,8 +16,6 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from nanovllm.chat import check_template_options, render
-from nanovllm.checks import check_list, check_type
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine, no_full_collections
 from nanovllm.engine.sequence import Sequence
@@ -133,20 +131,10 @@ class LLM:
             TypeError, ValueError: as `generate`; no chat template, or one that refuses the conversation; an option known to
                 neither.
         """
+        from nanovllm.extras.chat import make_prompts
+
         with self._turn:
-            check_list("messages", messages, check_type, Seq | Mapping)
-            tokenizer = self.tokenizer
-            is_one = len(messages) > 0 and isinstance(messages[0], Mapping)
-            more = check_type("chat_template_kwargs", options.pop("chat_template_kwargs", None) or {}, Mapping)
-            names, options = list(options), {"add_generation_prompt": True, **options, **more}
-            check_template_options(tokenizer, names, options)
-            prompts = []
-            conversations: Any = [messages] if is_one else messages
-            for i, conversation in enumerate(conversations):
-                text = render(tokenizer, f"messages[{i}]", conversation, options)
-                token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-                prompts.append({"prompt": text, "prompt_token_ids": token_ids})
-            return self.generate(prompts, sampling_params, use_tqdm)
+            return self.generate(make_prompts(self.tokenizer, messages, options), sampling_params, use_tqdm)
 
     def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[Increment]:
         """As `generate`, step by step: an iterator of what is new. Leaving it drops what is not finished."""

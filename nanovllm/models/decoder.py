@@ -35,15 +35,12 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps, dtype=config.dtype)
         self.norms = (self.q_norm, self.k_norm) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotary: Rotary, cache: KVCache, batch: Batch) -> Tensor:
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 H_kv, D]
-        attended = self.attend(qkv, rotary, cache, batch)  # [T, H, D]
-        return self.o_proj(attended.flatten(1))
-
     @torch.compiler.disable  # it has its own kernels, and writes to a cache that a compiler might copy
     def attend(self, qkv: Tensor, rotary: Rotary, cache: KVCache, batch: Batch) -> Tensor:
+        """From [T, (H + 2 H_kv) D], what `qkv_proj` gives, to [T, H D], what `o_proj` takes."""
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))
         q = self.backend.store(qkv, self.norms, rotary, cache.k, cache.v, batch)
-        return self.backend.attend(q, cache.k, cache.v, batch)
+        return self.backend.attend(q, cache.k, cache.v, batch).flatten(1)
 
 
 class MLP(nn.Module):
@@ -72,10 +69,14 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor, rotary: Rotary, cache: KVCache, batch: Batch
     ) -> tuple[Tensor, Tensor]:
-        """`x` is what the layer before adds to the residual stream: it is added where it is read, with the norm."""
+        """`x` is what the layer before adds to the residual stream: it is added where it is read, with the norm.
+
+        torch.compile cuts the layer in two where it calls `attend`. Were that called by a module of the layer, it would be
+        four pieces, which take longer to launch.
+        """
         residual = residual + x
-        x = self.self_attn(self.input_layernorm(residual), rotary, cache, batch)
-        residual = residual + x
+        qkv = self.self_attn.qkv_proj(self.input_layernorm(residual))
+        residual = residual + self.self_attn.o_proj(self.self_attn.attend(qkv, rotary, cache, batch))
         return self.mlp(self.post_attention_layernorm(residual)), residual
 
 

@@ -9,10 +9,29 @@ from jinja2 import Environment
 from jinja2.meta import find_undeclared_variables
 from transformers import PreTrainedTokenizerBase
 
+from nanovllm.checks import check_list, check_type
+from nanovllm.prompts import Prompt
+
 Conversation = Sequence[Mapping[str, Any]]
 # Those of apply_chat_template that change the text.
 TEXT_OPTIONS = {"tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}
 PROBE, MARK = "is this text in parts", "is a part shown as it is"
+
+
+def make_prompts(
+    tokenizer: PreTrainedTokenizerBase, messages: Conversation | Sequence[Conversation], options: dict[str, Any]
+) -> list[Prompt]:
+    """The prompts of one or a list of conversations, as text and token ids; options and errors as in `LLM.chat`."""
+    check_list("messages", messages, check_type, Sequence | Mapping)
+    more = check_type("chat_template_kwargs", options.pop("chat_template_kwargs", None) or {}, Mapping)
+    names, options = list(options), {"add_generation_prompt": True, **options, **more}
+    check_template_options(tokenizer, names, options)
+    is_one = len(messages) > 0 and isinstance(messages[0], Mapping)
+    conversations: Any = [messages] if is_one else messages
+    texts = [render(tokenizer, f"messages[{i}]", conversation, options) for i, conversation in enumerate(conversations)]
+    return [
+        {"prompt": text, "prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in texts
+    ]
 
 
 def check_template_options(
