@@ -1,5 +1,6 @@
 """The package as others get it: a wheel that installs elsewhere, and imports that need no GPU package."""
 
+import os
 import re
 import subprocess
 import sys
@@ -27,8 +28,12 @@ NEEDS = {  # what is imported only where it is used
 def installed(tmp_path_factory):
     """The folder into which the wheel of this tree was installed."""
     scratch = tmp_path_factory.mktemp("wheel")
+    (scratch / "setup.cfg").write_text(
+        f"[build]\nbuild_base = {scratch / 'build'}\n"
+    )  # not over what an older tree has left
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(scratch), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
+    environment = os.environ | {"DIST_EXTRA_CONFIG": str(scratch / "setup.cfg")}
+    subprocess.run(build, check=True, capture_output=True, env=environment)
     (wheel,) = scratch.glob("*.whl")
     site = scratch / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
