@@ -140,6 +140,7 @@ class Config:
         return checkpoint if self.dtype == "auto" else DTYPES[self.dtype]
 
 
+MAX_SIZE, MAX_HEADS = 2**24, 2**16  # no model's; beyond them PyTorch cannot count a matrix's bytes
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
 ROPE_PARAMETERS = {  # rope type: parameters it must have, and ones it may have
@@ -184,7 +185,7 @@ class RopeConfig:
             if name == "truncate":
                 check_type(name, value, bool)
             elif not name.startswith("mscale") or value != 0:
-                check_positive(f"{name} of rope scaling", value)
+                given[name] = check_positive(f"{name} of rope scaling", value)
         if rope_type == "llama3" and not given["low_freq_factor"] < given["high_freq_factor"]:
             raise ValueError(f"low_freq_factor must be less than high_freq_factor, got {given}")
         return cls(theta, rope_type, given)
@@ -194,13 +195,13 @@ class RopeConfig:
 class ModelConfig:
     """One decoder architecture by flags: Qwen3, Qwen2 and Llama differ in biases and in q/k-norm."""
 
-    vocab_size: Annotated[int, check_int, 1]
-    hidden_size: Annotated[int, check_int, 1]
-    intermediate_size: Annotated[int, check_int, 1]
-    num_hidden_layers: Annotated[int, check_int, 1]
-    num_attention_heads: Annotated[int, check_int, 1]
-    num_key_value_heads: Annotated[int, check_int, 1]
-    head_dim: Annotated[int, check_int, 1]
+    vocab_size: Annotated[int, check_int, 1, MAX_SIZE]
+    hidden_size: Annotated[int, check_int, 1, MAX_SIZE]
+    intermediate_size: Annotated[int, check_int, 1, MAX_SIZE]
+    num_hidden_layers: Annotated[int, check_int, 1, MAX_SIZE]
+    num_attention_heads: Annotated[int, check_int, 1, MAX_HEADS]
+    num_key_value_heads: Annotated[int, check_int, 1, MAX_HEADS]
+    head_dim: Annotated[int, check_int, 1, MAX_HEADS]
     rms_norm_eps: Annotated[float, check_float, 0.0]
     rope: RopeConfig
     max_position_embeddings: Annotated[int, check_int, 1]

@@ -76,7 +76,7 @@ class LLM:
 
         Raises:
             TypeError, ValueError: before anything runs, naming the prompt that cannot be run.
-            BaseException: whatever happens in the middle, Ctrl-C included. It has `outputs`: a list in the prompts' order of
+            BaseException: whatever happens once it runs, Ctrl-C included. It has `outputs`: a list in the prompts' order of
                 what had finished, None for the rest. If a step was interrupted, all unfinished requests are dropped, those of
                 `add_request` and `stream` too, and the prefix cache is empty. The LLM can be used again, unless it has
                 several ranks and one of them failed.
@@ -107,14 +107,14 @@ class LLM:
                     ended.clear()
                     if use_tqdm:
                         self._show(bar, len(outputs), num_tokens)
+            return [outputs[request_id] for request_id in requests]
         except BaseException as error:
             try:
                 collect(requests)
             finally:
-                self.engine.abort(requests)
                 error.outputs = [outputs.get(request_id) for request_id in requests]  # type: ignore[attr-defined]
+                self.engine.abort(requests)
             raise
-        return [outputs[request_id] for request_id in requests]
 
     def chat(
         self, messages: Conversations, sampling_params: Params = None, use_tqdm: bool = True, **options: Any
@@ -134,7 +134,8 @@ class LLM:
         from nanovllm.extras.chat import make_prompts
 
         with self._turn:
-            return self.generate(make_prompts(self.tokenizer, messages, options), sampling_params, use_tqdm)
+            prompts = make_prompts(self.tokenizer, messages, options)
+        return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[Increment]:
         """As `generate`, step by step: an iterator of what is new. Leaving it drops what is not finished."""

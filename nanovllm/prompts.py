@@ -2,7 +2,7 @@
 
 import re
 from array import array
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | dict[str, Any]
 Prompts = Prompt | Sequence[Prompt]
-NO_LISTS = bytes | bytearray | memoryview | Set | Mapping  # they have integers too
+NO_LISTS = bytes | bytearray | memoryview | Set | Mapping | Iterator  # they have integers too
 Params = SamplingParams | Sequence[SamplingParams] | None  # one for all prompts, or one for each; None is the default
 
 
@@ -22,7 +22,7 @@ class Request(NamedTuple):
 
     name: str  # what errors call it
     text: str | None
-    token_ids: Any  # array of int32, or None
+    token_ids: "array[int] | None"
     params: SamplingParams
 
 
@@ -81,13 +81,16 @@ def _parse(name: str, prompt: Any, params: SamplingParams) -> Request:
         try:
             if isinstance(token_ids, NO_LISTS):
                 raise TypeError
+            if hasattr(token_ids, "tolist"):  # NumPy's and PyTorch's
+                token_ids = token_ids.tolist()
             array_of_ids = array("i", token_ids)
             # A bool is 0 or 1 in it: only then is every type looked at, which takes as long as the rest.
             if array_of_ids and np.asarray(array_of_ids).min() <= 1 and bool in map(type, token_ids):
                 raise TypeError
             token_ids = array_of_ids
-        except TypeError:
+        except (TypeError, RuntimeError):  # RuntimeError: a tensor that has no values
             raise TypeError(f"{name} must be text or a list of token ids, got {token_ids!r:.200}") from None
-        except OverflowError:  # `check_request` names the id, which is in no vocabulary
-            token_ids = list(token_ids)
+        except OverflowError:
+            large = (hex(i) for i in token_ids if isinstance(i, int) and not -(2**31) <= i < 2**31)
+            raise ValueError(f"token ids of {name} must be below 2**31, got {next(large, '')[:40]}") from None
     return Request(name, text, token_ids, params)

@@ -83,7 +83,12 @@ REFUSED = [
     (TypeError, ([None],), r"prompts\[0\]"),
     (TypeError, ([{"prompt": [1]}],), r"prompts\[0\] must have text"),
     (ValueError, (["fine", "\ud800"],), r"prompts\[1\] must be text in Unicode"),  # half a pair, as JSON may hold
-    (ValueError, ([[2**70]],), r"token ids of prompts\[0\] must be in \[0, 127\]"),
+    (TypeError, ([iter([5, 6])],), r"prompts\[0\] must be text or a list"),
+    (TypeError, ([[1], torch.tensor([True])],), r"prompts\[1\] must be text or.*True"),
+    (TypeError, ([torch.tensor([[1], [2]])],), r"prompts\[0\] must be text or a list"),
+    (TypeError, ([torch.zeros(3, dtype=torch.int32, device="meta")],), r"prompts\[0\] must be text or a list"),
+    (ValueError, ([[1], [5, 2**40, "a"]],), r"token ids of prompts\[1\] must be below 2\*\*31, got 0x10000000000"),
+    (ValueError, ([[10**5000]],), r"token ids of prompts\[0\] must be below 2\*\*31"),
     (ValueError, ([[1], []],), r"prompts\[1\] is empty"),
     (ValueError, ([{}],), r"prompts\[0\] must have 'prompt'"),
     (ValueError, ([{"prompt_token_ids": [1], "multi_modal_data": 1}],), "multi_modal"),

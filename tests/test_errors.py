@@ -81,6 +81,33 @@ def test_ctrl_c_while_a_step_takes_its_tokens_loses_no_finished_result(owner, na
 
 
 @pytest.mark.parametrize(
+    ("owner", "name"), [(Scheduler, "_put_away"), (Scheduler, "_leave_row"), (BlockManager, "release")]
+)
+def test_ctrl_c_within_an_abort_drops_all_requests(owner, name, llm, monkeypatch):
+    """A stream is left, and a processor aborts its own request."""
+    increments = llm.stream([[1], [2]], greedy(9))
+    next(increments)
+    with monkeypatch.context() as patch:
+        fail_at(patch, owner, name, 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            increments.close()
+    assert llm.is_finished()
+    assert_nothing_leaks(llm)
+
+    def abort(token_ids, logits):
+        llm.abort(max(llm.engine.scheduler.requests))
+        return logits
+
+    with monkeypatch.context() as patch:
+        fail_at(patch, owner, name, 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt) as caught:
+            llm.generate([[1], [2]], greedy(9, logits_processors=[abort]))
+    assert [output and output["finish_reason"] for output in caught.value.outputs] == [None, "abort"]
+    assert llm.is_finished()
+    assert_nothing_leaks(llm)
+
+
+@pytest.mark.parametrize(
     ("owner", "name", "call", "finished"),
     [(LLM, "stats", 2, 0), (LLM, "stats", 3, 2), (nanovllm.llm, "RequestOutput", 2, 2)],
 )

@@ -224,11 +224,12 @@ def test_of_many_missing_tensors_some_are_named_and_the_rest_counted(copied):
     ("field", "size", "message"),
     [
         ("num_hidden_layers", 10**5, "num_hidden_layers of a checkpoint of 25 tensors must be in [1, 25], got 100000"),
-        ("head_dim", 10**9, "head_dim of a checkpoint of 25 tensors must be in [1, 128], got 1000000000"),
-        ("vocab_size", 10**9, "lm_head.weight is F32 [128, 32], expected a float [1000000000, 32]"),
-        ("hidden_size", 2**40, "lm_head.weight is F32 [128, 32], expected a float [128, 1099511627776]"),
-        ("intermediate_size", 10**12, "down_proj.weight is F32 [32, 48], expected a float [32, 1000000000000]"),
-        ("num_attention_heads", 2**40, "o_proj.weight is F32 [32, 64], expected a float [32, 17592186044416]"),
+        ("head_dim", 10**4, "head_dim of a checkpoint of 25 tensors must be in [1, 128], got 10000"),
+        ("vocab_size", 10**6, "lm_head.weight is F32 [128, 32], expected a float [1000000, 32]"),
+        ("vocab_size", 10**18, "config.json': vocab_size must be in [1, 16777216], got 1000000000000000000"),
+        ("hidden_size", 2**24, "lm_head.weight is F32 [128, 32], expected a float [128, 16777216]"),
+        ("intermediate_size", 2**24, "down_proj.weight is F32 [32, 48], expected a float [32, 16777216]"),
+        ("num_attention_heads", 2**16, "o_proj.weight is F32 [32, 64], expected a float [32, 1048576]"),
     ],
 )
 def test_a_size_that_no_tensor_has_is_refused_before_anything_is_built(copied, field, size, message):

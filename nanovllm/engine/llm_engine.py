@@ -107,15 +107,19 @@ class LLMEngine:
             raise
         finally:
             to_abort, self.to_abort = self.to_abort, None
-            self.scheduler.abort(to_abort)
+            self.abort(to_abort)
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """Drop requests that are unfinished. What is dropped in the middle of a step, by a logits processor or by the garbage
-        collector that ends a stream, is dropped at its end."""
-        if self.to_abort is None:
-            self.scheduler.abort(request_ids)
-        else:
+        collector that ends a stream, is dropped at its end. Ctrl-C in the middle of it empties the engine."""
+        if self.to_abort is not None:
             self.to_abort += request_ids
+            return
+        try:
+            self.scheduler.abort(request_ids)
+        except BaseException:
+            self._reset()
+            raise
 
     def forward(self, step: Step) -> StepInFlight:
         """Launch a step up to its logits on every rank; return at once."""

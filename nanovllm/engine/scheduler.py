@@ -222,7 +222,7 @@ class Scheduler:
         if seq.is_running:
             self._leave_row(seq)
         else:  # it waits, perhaps preempted while its last token was on its way
-            del self.waiting[seq]
+            self.waiting.pop(seq, None)  # Ctrl-C may have come when it was to be queued
         samples = self.requests[seq.request_id]
         samples.remove(seq)
         if not samples:

@@ -63,7 +63,7 @@ def render(tokenizer: PreTrainedTokenizerBase, name: str, conversation: Conversa
         ValueError: a part that is no text, or a conversation that the template refuses.
     """
     conversation = [_with_content(m, partial(_check_content, f"{name}[{i}]")) for i, m in enumerate(conversation)]
-    apply = partial(tokenizer.apply_chat_template, tokenize=False, **options)
+    apply = partial(tokenizer.apply_chat_template, **options | {"tokenize": False})
     as_texts = [_with_content(m, _join) for m in conversation]
     if as_texts != conversation and not _takes_parts(apply, conversation):
         conversation = as_texts

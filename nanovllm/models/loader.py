@@ -258,7 +258,8 @@ def _indexed_files(index: Path) -> list[Path]:
         if not isinstance(name, str) or not name or Path(name).name != name:
             raise ValueError(f"{str(index)!r} is damaged: its weight_map must name files in its folder, got {name!r}")
     files = [index.parent / name for name in sorted(set(names))]
-    missing = [file.name for file in files if not file.is_file()]
+    with naming(index):
+        missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(f"checkpoint {str(index.parent)!r} lacks {_some(missing)}, which {index.name} names")
     return files
