@@ -20,14 +20,14 @@ from nanovllm.config import ModelConfig
 from nanovllm.engine.batch import INT, Batch
 from nanovllm.kernels import MAX_HEAD_DIM
 
-BLOCK_SIZES = {4: 128, 2: 256}  # in which the packages' kernels are fastest, or run at all
+BLOCK_SIZES = {4: 128, 2: 256}  # by version: in which 4 is fastest, and which 2 needs
 
 
 class SequenceTables(NamedTuple):
     """What flash-attn asks for, the same in every layer."""
 
     block_tables: Tensor  # [B, blocks of the longest sequence] int32, the batch's own
-    unwritten: Tensor  # slots behind the sequences' last tokens in their last blocks; those of written tokens are 0, in the trash
+    unwritten: Tensor  # the slots of each sequence's last block that are after its last token; 0 in place of the others
     max_query_len: int
     max_context_len: int
 
@@ -87,7 +87,7 @@ class FlashAttention(TritonAttention):
         tables, unwritten, max_query_len, max_context_len = batch.attn_metadata
         options = {"cu_seqlens_k": key_starts, "block_table": tables}
         if self.version == 4:
-            # It multiplies whatever lies there with 0, and another request may have left a NaN.
+            # It multiplies what follows a sequence's last token by 0, and another request may have left a NaN there.
             v_cache.flatten(0, 1).index_fill_(0, unwritten, 0)
             options = {"seqused_k": batch.context_lens, "page_table": tables}
         out = self.attend_to_chunks(

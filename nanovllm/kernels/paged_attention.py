@@ -36,8 +36,8 @@ def attend_to_tile(
 
 @triton.jit
 def add_scores(scores, scale, acc, row_max, row_sum):
-    """The weights of a tile's scores [M, N], which its values are yet to be multiplied with, and the softmax so far, scaled
-    to the new maximum."""
+    """Take a tile's scores [M, N] into a softmax. Returns their weights [M, N], and the sums so far at the new maximum; the
+    caller adds the weighted values to `acc`."""
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
     p = tl.exp2(scores * scale - new_max[:, None])  # a multiply-add and an exponential for each
     shrink = tl.exp2(row_max - new_max)
@@ -51,7 +51,7 @@ def decode_attention_kernel(
     BLOCK_SIZE: tl.constexpr, H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One program does the items of one list for one key-value head: parts of rows, M for the G query heads."""
+    """One program does one list of items, which are parts of rows, for one key-value head: M holds its G query heads."""
     work = tl.program_id(0)
     h = tl.program_id(1)
     g = tl.arange(0, M)
@@ -150,13 +150,12 @@ def prompt_attention_kernel(
     acc = tl.zeros([M, DP], tl.float32)
     row_max = tl.full([M], float("-inf"), tl.float32)
     row_sum = tl.zeros([M], tl.float32)
-    num_seen = (
-        (first_position + 1) // N * N
-    )  # up to here every token sees everything: masking takes longer than reading
+    # Up to here every token sees everything: masking takes longer than reading.
+    num_seen = (first_position + 1) // N * N
     if HAS_DESCRIPTORS:
         block = tl.load(table)
         for n0 in range(0, num_seen, N):
-            next_block = tl.load(table + tl.minimum(n0 + N, end - 1) // BLOCK_SIZE)  # a tile can be asked for at once
+            next_block = tl.load(table + tl.minimum(n0 + N, end - 1) // BLOCK_SIZE)  # known when its tile is asked for
             slot = block * BLOCK_SIZE + n0 % BLOCK_SIZE
             scores = tl.dot(q, tl.trans(k_tiles.load([slot, h * D])))
             p, acc, row_max, row_sum = add_scores(scores, scale, acc, row_max, row_sum)
