@@ -23,7 +23,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not files:
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.encode("a")  # some values that it has read show only now that they are wrong
+        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # both packages raise what they like: a panic of tokenizers is no Exception

@@ -232,18 +232,21 @@ def test_text_is_never_cleaned_up(demo_model):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("file", "damage", "message"),
     [
-        (None, r"^tokenizer '.*nowhere' is neither a folder nor a Hub id"),
-        ('{"model": ', r"tokenizer in .* \(tokenizer\.json.*\) cannot be loaded: .*line 1 column"),
-        ('{"model": 7}', r"tokenizer in .* \(tokenizer\.json.*\) cannot be loaded"),
+        (None, None, r"^tokenizer '.*nowhere' is neither a folder nor a Hub id"),
+        ("tokenizer.json", '{"model": ', r"tokenizer in .* \(tokenizer\.json.*\) cannot be loaded: .*line 1 column"),
+        ("tokenizer.json", '{"model": 7}', r"tokenizer in .* \(tokenizer\.json.*\) cannot be loaded"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}', r"tokenizer in .* cannot be loaded: .*'str'"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_loaded_is_named_before_the_model_is_loaded(damage, message, tiny_model, tmp_path):
+def test_a_tokenizer_that_cannot_be_loaded_is_named_before_the_model_is_loaded(
+    file, damage, message, tiny_model, tmp_path
+):
     folder = tmp_path / "nowhere"
-    if damage is not None:
+    if file is not None:
         TOKENIZERS["Llama 2"].save_pretrained(folder)
-        (folder / "tokenizer.json").write_text(damage)
+        (folder / file).write_text(damage)
     with pytest.raises(ValueError, match=message):
         make_llm(tiny_model(), tokenizer=folder, num_kvcache_blocks=2)  # the next thing to be refused
 
