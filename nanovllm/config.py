@@ -184,7 +184,9 @@ class RopeConfig:
         for name, value in given.items():
             if name == "truncate":
                 check_type(name, value, bool)
-            elif not name.startswith("mscale") or value != 0:
+            elif name.startswith("mscale"):
+                given[name] = check_float(f"{name} of rope scaling", value, 0.0)
+            else:
                 given[name] = check_positive(f"{name} of rope scaling", value)
         if rope_type == "llama3" and not given["low_freq_factor"] < given["high_freq_factor"]:
             raise ValueError(f"low_freq_factor must be less than high_freq_factor, got {given}")

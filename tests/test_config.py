@@ -249,6 +249,7 @@ def scaled(rope_type, **parameters):
         (scaled("dynamic", factor=2.0), "rope_type must .* or 'yarn', got 'dynamic'"),
         (scaled("linear"), r"'linear': missing \['factor'\]"),
         (scaled("llama3", **LLAMA3 | {"low_freq_factor": None}), r"'llama3': missing \['low_freq_factor'\]"),
+        (scaled("yarn", factor=2.0, mscale=-1.0), r"mscale of rope scaling must be in \[0\.0, .*got -1\.0"),
         (scaled("linear", factor=2.0, wobble=3), r"'linear': .*not supported \['wobble'\]"),
         (old_config(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (new_config({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
@@ -259,7 +260,7 @@ def scaled(rope_type, **parameters):
             "layer_types must .*, got 'sliding_attention'",
         ),
         (old_config(num_key_value_heads=3), "num_key_value_heads must divide num_attention_heads=4, got 3"),
-        (old_config(num_hidden_layers=0), "num_hidden_layers must be .*, got 0"),
+        (old_config(num_hidden_layers=0), r"num_hidden_layers must be in \[1, 16777216\], got 0"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(hf, message):

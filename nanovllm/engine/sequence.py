@@ -26,7 +26,7 @@ class Sequence:
     `num_pending` counts tokens that are planned or sampled and not yet committed: 0 or 1, and 2 between planning a step and
     committing the one before it. `num_admitted_tokens` counts the tokens that were known when the sequence was admitted. The
     CPU sends those; later ones are read on the device, where they were sampled. `row` is its place in the device's tables while
-    it runs, and 0 while it waits. In `ended` it puts itself when it is finished, or dropped by an exception: whoever waits for
+    it runs, and 0 while it waits. `ended` is where it is put when it is finished, or dropped by an exception: whoever waits for
     it takes it out.
     """
 
