@@ -46,7 +46,8 @@ def make_case(config, device, block_size, context_lens, query_lens=None, has_nor
     queries = np.ones_like(lens) if is_decode else int32(query_lens)
     per_row = -(-int(lens.max()) // block_size)
     num_rows = len(lens) + 2
-    tables = torch.randperm(num_rows * per_row, generator=generator).int().view(num_rows, per_row)
+    num_blocks = 1 + num_rows * per_row  # block 0 is nobody's
+    tables = 1 + torch.randperm(num_blocks - 1, generator=generator).int().view(num_rows, per_row)
     rows = torch.randperm(num_rows, generator=generator)[: len(lens)].int()
     pairs = list(zip(rows.tolist(), lens.tolist(), queries.tolist()))
     positions = torch.tensor([p for _, end, n in pairs for p in range(end - n, end)])
@@ -54,7 +55,7 @@ def make_case(config, device, block_size, context_lens, query_lens=None, has_nor
     slots = tables[token_rows, positions // block_size] * block_size + positions % block_size
     num_heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     qkv = torch.randn(len(positions), num_heads + 2 * kv_heads, head_dim, generator=generator)
-    caches = torch.full((2, num_rows * per_row, block_size, kv_heads, head_dim), torch.nan)
+    caches = torch.full((2, num_blocks, block_size, kv_heads, head_dim), torch.nan)
     for row, end, _ in pairs:
         past = tables[row].repeat_interleave(block_size)[:end] * block_size + torch.arange(end) % block_size
         caches.flatten(1, 2)[:, past] = torch.randn(2, end, kv_heads, head_dim, generator=generator)
