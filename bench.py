@@ -39,13 +39,13 @@ def run_pass(llm: LLM, workload: Workload, pass_number: int, timer: DeviceTimer 
     """Seconds; RuntimeError if an output is not as long as it was asked for."""
     prompts, output_lens = workload.requests(pass_number)
     sampling = {"temperature": workload.temperature, "ignore_eos": True} | workload.sampling
-    params = [SamplingParams(max_tokens=n, **sampling) for n in output_lens]
+    params = [SamplingParams(max_tokens=n, n=workload.num_samples, **sampling) for n in output_lens]
     with watched(llm.engine, timer, trace):
         start = time.perf_counter()
         outputs = llm.generate(prompts, params)
         seconds = time.perf_counter() - start
     for i, (output, wanted) in enumerate(zip(outputs, output_lens, strict=True)):
-        if (got := len(output["token_ids"])) != wanted:
+        if (got := [len(sample.token_ids) for sample in output.outputs]) != [wanted] * workload.num_samples:
             raise RuntimeError(f"request {i} was asked for {wanted} tokens and gave {got}")
     return seconds
 
@@ -58,7 +58,7 @@ def run_workload(
     Of "passes", each list has a figure for each pass. Without ceilings, it has no shares.
     """
     prompts, output_lens = workload.requests(0)
-    prompt_lens = [len(prompt) for prompt in prompts]
+    num_prompt, num_output = sum(map(len, prompts)), workload.num_samples * sum(output_lens)
     timer = DeviceTimer(llm.config.torch_device) if ceilings else None
     seconds, busy_seconds = [], []
     for number in range(num_passes):
@@ -67,13 +67,13 @@ def run_workload(
         busy_seconds.append(sum(timer.take()) if timer else 0.0)
     passes = {
         "seconds": seconds,
-        "output_tok_per_s": [sum(output_lens) / s for s in seconds],
-        "prompt_tok_per_s": [sum(prompt_lens) / s for s in seconds],
+        "output_tok_per_s": [num_output / s for s in seconds],
+        "prompt_tok_per_s": [num_prompt / s for s in seconds],
     }
     report: dict[str, Any] = asdict(workload)
-    report |= {"prompt_tokens": sum(prompt_lens), "output_tokens": sum(output_lens), "passes": passes}
+    report |= {"prompt_tokens": num_prompt, "output_tokens": num_output, "passes": passes}
     if ceilings:
-        work = least_work(llm.engine.model_config, prompt_lens, output_lens, workload.shared_prefix)
+        work = least_work(llm.engine.model_config, workload)
         limit = report["limit_seconds"] = ceilings.limit_seconds(work) / llm.config.tensor_parallel_size
         passes["share_of_limit"] = [limit / s for s in seconds]
         passes["gpu_busy_share"] = [busy / s for busy, s in zip(busy_seconds, seconds, strict=True)]

@@ -46,23 +46,24 @@ def run(capsys, *args):
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_a_workload_keeps_to_its_lengths_and_shares_only_its_prefix(name):
+def test_a_workload_keeps_to_its_lengths_and_shares_only_its_prefixes(name):
     workload = WORKLOADS[name]
     prompts, output_lens = workload.requests(0)
     assert len(prompts) == len(output_lens) == workload.num_seqs
-    low, high = (n + workload.shared_prefix for n in workload.input_len)
+    num_shared = sum(num_tokens for _, num_tokens in workload.shared)
+    low, high = (n + num_shared for n in workload.input_len)
     assert all(low <= len(prompt) <= high for prompt in prompts)
     assert all(workload.output_len[0] <= n <= workload.output_len[1] for n in output_lens)
     assert all(0 <= token <= 10_000 for prompt in prompts for token in prompt)
-    if len(prompts) > 1:
-        first, last = min(prompts), max(prompts)  # what these two share, all do
-        assert first[: workload.shared_prefix] == last[: workload.shared_prefix]
-        assert first[workload.shared_prefix] != last[workload.shared_prefix]
-    own = [tuple(prompt[workload.shared_prefix :][:16]) for prompt in prompts]
+    for start, end, requests in workload.prefixes:
+        assert len({tuple(prompts[i][:end]) for i in requests}) == 1
+        others = set(range(workload.num_seqs)) - set(requests)
+        assert all(prompts[i][start : start + 16] != prompts[requests[0]][start : start + 16] for i in others)
+    own = [tuple(prompt[num_shared:][:16]) for prompt in prompts]
     assert len(set(own)) == len(own), "two prompts would share a block"
 
 
-@pytest.mark.parametrize("name", ["classic", "single", "eight", "prefix"])
+@pytest.mark.parametrize("name", ["classic", "single", "eight", "prefix", "tree"])
 def test_passes_repeat_in_another_run_and_are_fresh_within_one(name):
     """Only lengths recur: a prefix cache that is kept between passes must find nothing."""
     workload = WORKLOADS[name]
@@ -90,7 +91,7 @@ def test_classic_stays_the_workload_that_earlier_figures_are_of():
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_shape_has_the_parameters_of_its_model(name, tmp_path):
     config = read(SHAPES[name], tmp_path)
-    one_pass = least_work(config, [1], [1])  # reads every layer and the output head, two bytes each
+    one_pass = least_work(config, Workload(1, (1, 1), (1, 1)))  # reads every layer and the output head, two bytes each
     parameters = one_pass.weight_bytes / 2
     if not config.tie_word_embeddings:
         parameters += config.vocab_size * config.hidden_size
@@ -110,8 +111,19 @@ LAYERS = 3 * (8 * (4 + 2 + 2) * 128 + 4 * 128 * 8 + 3 * 8 * 10)  # q, k, v; o; g
 KV_BYTES = 3 * 2 * 2 * 128 * 2  # layers, k and v, heads, head size, bytes
 
 
+class Requests(Workload):
+    """A workload of given lengths."""
+
+    def __init__(self, prompt_lens, output_lens, **options):
+        super().__init__(len(prompt_lens), (0, 0), (0, 0), **options)
+        object.__setattr__(self, "lens", (prompt_lens, output_lens))
+
+    def requests(self, pass_number):
+        return [[0] * n for n in self.lens[0]], self.lens[1]
+
+
 def test_the_least_work_is_what_one_counts_by_hand(tiny):
-    work = least_work(tiny, prompt_lens=[4, 6], output_lens=[3, 1])
+    work = least_work(tiny, Requests([4, 6], [3, 1]))
     assert work.kv_bytes == (5 + 6) * KV_BYTES  # tokens 2 and 3 of the first request; the second one decodes nothing
     assert work.weight_bytes == 3 * (LAYERS + 100 * 8) * 2
     assert work.prompt_flops == 2 * LAYERS * (4 + 6) + 3 * 2 * 2 * 4 * 128 * (4**2 + 6**2) // 2
@@ -122,10 +134,19 @@ def test_the_least_work_is_what_one_counts_by_hand(tiny):
 
 def test_a_shared_prefix_is_computed_once_and_read_once_a_step(tiny):
     """Counted for each request, an engine that shares its reads would beat the limit."""
-    work = least_work(tiny, prompt_lens=[6, 7], output_lens=[3, 2], shared_prefix=4)
+    work = least_work(tiny, Requests([6, 7], [3, 2], shared=((1, 4),)))
     assert work.kv_bytes == (2 * 4 + (3 + 4) + 4) * KV_BYTES
     pairs = 4**2 // 2 + (6**2 - 4**2) // 2 + (7**2 - 4**2) // 2
     assert work.prompt_flops == 2 * LAYERS * (4 + 2 + 3) + 3 * 2 * 2 * 4 * 128 * pairs
+
+
+def test_samples_share_their_prompt_and_nested_prefixes_count_once_each(tiny):
+    work = least_work(tiny, Requests([9, 9, 9, 9], [3, 3, 3, 2], shared=((2, 4), (2, 3)), num_samples=5))
+    prefixes = 2 * 2 * 4 + (3 * 2 + 1) * 3  # twice each, but that of the last request alone
+    assert work.kv_bytes == (prefixes + (3 * 2 + 1) * 2 + 5 * (3 * (1 + 2) + 1)) * KV_BYTES
+    assert work.prompt_flops == 2 * LAYERS * (2 * 4 + 4 * 3 + 4 * 2) + 3 * 2 * 2 * 4 * 128 * (
+        2 * (4**2 // 2) + 4 * ((7**2 - 4**2) // 2) + 4 * ((9**2 - 7**2) // 2)
+    )
 
 
 def test_a_custom_run_ends_in_one_line_of_json(tiny_model, device, capsys):
@@ -155,7 +176,7 @@ def test_a_custom_run_ends_in_one_line_of_json(tiny_model, device, capsys):
 
 def test_named_workloads_share_one_llm(tiny_model, capsys, monkeypatch):
     monkeypatch.setitem(WORKLOADS, "single", Workload(1, (5, 5), (3, 3)))
-    monkeypatch.setitem(WORKLOADS, "prefix", Workload(2, (5, 5), (3, 3), shared_prefix=40))
+    monkeypatch.setitem(WORKLOADS, "prefix", Workload(2, (5, 5), (3, 3), shared=((1, 40),)))
     made = []
     monkeypatch.setattr(bench, "LLM", lambda **options: made.append(options) or LLM(**options))
     args = ["--workload", "prefix", "single", "--passes", 1, "--device", "cpu"]
@@ -171,7 +192,7 @@ def test_named_workloads_share_one_llm(tiny_model, capsys, monkeypatch):
 def test_an_output_of_another_length_is_an_error(tiny_model, capsys):
     """Else a cap on the model's length would look like speed."""
     sizes = ["--num-seqs", 1, "--input-len", 8, 8, "--output-len", 20, 20, "--max-model-len", 16]
-    with pytest.raises(RuntimeError, match="asked for 20 tokens and gave 8"):
+    with pytest.raises(RuntimeError, match=r"asked for 20 tokens and gave \[8\]"):
         run(capsys, "--model", tiny_model(**SMALL), "--device", "cpu", *sizes)
 
 

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="needs triton")
 
 from nanovllm.attention.reference import ReferenceAttention
-from nanovllm.attention.triton import TritonAttention, split_chunks, split_decodes
+from nanovllm.attention.triton import TritonAttention
+from nanovllm.attention.work_lists import split_chunks, split_decodes
 from nanovllm.engine.batch import Batch, int32
+from nanovllm.engine.shared_prefixes import MOST_SHARED, SharedPrefixes, SharedRuns, nested_runs
 from nanovllm.extras import logprobs, logprobs_kernel, truncation, truncation_kernel
 from nanovllm.kernels.gumbel import gumbel_max
 from nanovllm.layers.rotary import RopeConfig, RotaryEmbedding
@@ -37,9 +39,10 @@ def model(num_heads, num_kv_heads, head_dim, dtype):
     return SimpleNamespace(**sizes, dtype=dtype)
 
 
-def make_case(config, device, block_size, context_lens, query_lens=None, has_norm=True):
+def make_case(config, device, block_size, context_lens, query_lens=None, has_norm=True, shared=()):
     """A batch on random block tables, and for it in float32: qkv, norms, rotary, and caches [2, ...] with a past, which have
-    NaN wherever no token of the batch is."""
+    NaN wherever no token of the batch is. `shared` are (places in the batch, how many blocks their tables begin with in common).
+    """
     generator = torch.Generator().manual_seed(0)
     is_decode = query_lens is None
     lens = int32(context_lens)
@@ -49,6 +52,8 @@ def make_case(config, device, block_size, context_lens, query_lens=None, has_nor
     num_blocks = 1 + num_rows * per_row  # block 0 is nobody's
     tables = 1 + torch.randperm(num_blocks - 1, generator=generator).int().view(num_rows, per_row)
     rows = torch.randperm(num_rows, generator=generator)[: len(lens)].int()
+    for places, num_shared in shared:
+        tables[rows[places], :num_shared] = tables[rows[places[0]], :num_shared]
     pairs = list(zip(rows.tolist(), lens.tolist(), queries.tolist()))
     positions = torch.tensor([p for _, end, n in pairs for p in range(end - n, end)])
     token_rows = torch.tensor([row for row, _, n in pairs for _ in range(n)])
@@ -82,7 +87,14 @@ def make_case(config, device, block_size, context_lens, query_lens=None, has_nor
 
 def forward(backend, dtype, batch, qkv, norms, rotary, caches):
     """Attention in `dtype`, the queries that it is of, and the caches that it leaves."""
-    plan = backend.plan(batch.is_decode, batch.query_lens, batch.cpu_context_lens)
+    tables, rows = batch.block_tables.cpu().numpy(), batch.rows.cpu().numpy()
+    prefixes = SharedPrefixes(*tables.shape, batch.block_size)
+    prefixes.block_tables[:], prefixes.num_shared_blocks[:] = tables, tables.shape[1]
+    shared = prefixes.find(rows, batch.cpu_context_lens, backend.shared_tokens) if batch.is_decode else None
+    packed = SimpleNamespace(
+        is_decode=batch.is_decode, rows=rows, query_lens=batch.query_lens, context_lens=batch.cpu_context_lens
+    )
+    plan = backend.plan(packed, shared)
     batch.work_list = [torch.from_numpy(array).to(batch.rows.device) for array in plan]
     batch.attn_metadata = backend.prepare(batch)
     if norms is not None and dtype != torch.float32:
@@ -132,6 +144,23 @@ def test_uneven_contexts_and_rows_cut_into_many_parts(context_lens, device):
     assert_attention_is_the_references(model(2, 1, 64, torch.float32), device, 16, context_lens)
 
 
+SHARED_LENS = [140 + 7 * i for i in range(20)] + [
+    33,
+    64,
+    200,
+]  # two blocks of 64 for 20, a third for 9, two more for 3; 3 alone
+SHARED = [(range(20), 2), (range(3, 12), 3), (range(17, 20), 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@precisions
+def test_rows_that_share_blocks(shape, is_half, device):
+    config = model(*shape, HALF[device] if is_half else torch.float32)
+    lens = [max(n, 65 * most) for n, most in zip(SHARED_LENS, [2] * 3 + [3] * 9 + [2] * 5 + [4] * 3 + [0] * 3)]
+    assert_attention_is_the_references(config, device, 64, lens, shared=SHARED)
+    assert_attention_is_the_references(config, device, 16, lens, shared=[(r, 4 * n) for r, n in SHARED])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(4, 2, 64), (6, 2, 80), (3, 1, 96), (2, 2, 128), (8, 1, 128), (2, 1, 256)], ids=str)
 @decode_and_prefill
@@ -155,29 +184,51 @@ def test_a_layer_leaves_the_workspace_as_it_found_it(device):
     torch.testing.assert_close(again, first, atol=0, rtol=0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
-    lens=st.lists(st.integers(1, 2000), min_size=1, max_size=40),
+    common=st.lists(st.sampled_from([0, 0, 1, 1, 2, 5, 40]), max_size=39),
+    own_lens=st.lists(st.integers(1, 900), min_size=40, max_size=40),
     num_lists=st.integers(1, 50),
     tile=st.sampled_from([16, 64]),
+    limits=st.sampled_from([(1, 1), (1, 2), (2, 4), (8, 16), (3, 32)]),
+    seed=st.integers(0, 99),
 )
-def test_decode_lists_cover_every_token_once_and_are_equally_long(lens, num_lists, tile):
-    bounds, items = split_decodes(int32(lens), num_lists, tile)
-    assert items.shape == (len(lens) + num_lists, 5)
-    assert len(bounds) == num_lists + 1
-    assert bounds[0] == 0
-    covered = {row: [] for row in range(len(lens))}
-    for i, (row, *item) in enumerate(items[: bounds[-1]].tolist()):
-        covered[row].append((i, *item))
-    for row, parts in covered.items():
-        edges = [0, *(end for _, _, end, _, _ in parts)]
-        assert [start for _, start, *_ in parts] == edges[:-1]
-        assert edges[-1] == lens[row]
-        first = parts[0][0]
-        assert [i for i, *_ in parts] == list(range(first, first + len(parts)))
-        assert {part[3:] for part in parts} == {(first, len(parts))}
-    work = [sum(-(-(end - start) // tile) for _, start, end, *_ in items[a:b].tolist()) for a, b in pairwise(bounds)]
-    assert max(work) == -(-sum(-(-n // tile) for n in lens) // num_lists)
+def test_decode_lists_cover_every_token_once_and_take_equally_long(common, own_lens, num_lists, tile, limits, seed):
+    """Of random trees of prefixes, of so many tiles."""
+    num_rows, (few_rows, most_rows) = len(common) + 1, limits
+    common = int32(common) * tile
+    runs = int32(nested_runs(common.tolist())).reshape(-1, 4)
+    if runs[:, 1].sum() > (MOST_SHARED - 1) * num_rows or most_rows == 1:
+        common, runs = common * 0, runs[:0]
+    order = np.random.default_rng(seed).permutation(num_rows)
+    own_starts = np.maximum(np.append(common, 0), np.append(0, common))
+    lens = np.empty(num_rows, np.int32)
+    lens[order] = own_starts + own_lens[:num_rows]
+    rows = int32(range(7, 7 + num_rows))
+    shared = SharedRuns(order, runs, own_starts)
+    (*bounds, num_tall), items, pairs, part_starts = split_decodes(
+        rows, lens, shared, num_lists, tile, few_rows, most_rows
+    )
+    assert len(items) == MOST_SHARED * num_rows + num_lists
+    assert len(pairs) == MOST_SHARED * num_rows + num_lists * min(most_rows, num_rows)
+    assert (len(bounds), len(part_starts), bounds[0]) == (num_lists + 1, num_rows + 1, 0)
+    covered, numbers = [[] for _ in rows], []
+    for i, (table, first, num, start, end, is_whole) in enumerate(items[: bounds[-1]].tolist()):
+        assert start < end
+        assert start % tile == 0
+        assert num <= (most_rows if i < num_tall else few_rows)
+        assert table == rows[pairs[first][0]]
+        for row, part in pairs[first : first + num].tolist():
+            covered[row].append((start, end))
+            numbers.append(part)
+            assert part_starts[row] <= part < part_starts[row + 1]
+            assert is_whole == (part_starts[row + 1] - part_starts[row] == 1)
+    assert sorted(numbers) == list(range(part_starts[-1]))
+    for parts, length in zip(covered, lens):
+        starts, ends = zip(*sorted(parts))
+        assert (*starts, length) == (0, *ends)
+    work = [sum(-(-(end - start) // tile) for *_, start, end, _ in items[a:b].tolist()) for a, b in pairwise(bounds)]
+    assert max(work) <= -(-(sum(work) + bounds[-1]) // num_lists), "an item counts as one tile more than it has"
 
 
 @given(

@@ -2,15 +2,19 @@
 
 import random
 from array import array
+from collections import Counter
+from itertools import count
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
+from nanovllm.engine.batch import int32
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.shared_prefixes import MOST_SHARED, SharedPrefixes
 
 
 def sequence(token_ids, request_id=0, max_tokens=1, **fields):
@@ -36,6 +40,7 @@ class FakeDevice:
         self.slots = {}  # slot -> (position, token)
         self.tables = {}  # (row, index) -> block
         self.last_token = {}
+        self.prefixes = SharedPrefixes(100, 20_000, block_size)
 
     def slot(self, row, position):
         return self.tables[row, position // self.block_size] * self.block_size + position % self.block_size
@@ -43,6 +48,9 @@ class FakeDevice:
     def forward(self, step):
         for row, index, block in step.block_updates:
             self.tables[row, index] = block
+        self.prefixes.update(step)
+        if step.decodes:
+            self.check_sharing(step.decodes)
         for seq, start, num_tokens, is_decode, _ in scheduled(step):
             for position in range(start, start + num_tokens):
                 token = self.last_token[seq.row] if is_decode else seq.token_ids[position]
@@ -54,6 +62,27 @@ class FakeDevice:
             if is_sampled:
                 contexts.append([token for _, token in entries])
         return contexts
+
+    def check_sharing(self, decodes):
+        """Each token of a row is in one run or in its own part; and what a run says that rows share, they do."""
+        rows, lens = int32([chunk.seq.row for chunk in decodes]), int32([chunk.end for chunk in decodes])
+        least = 2 * self.block_size
+        order, runs, own_starts = self.prefixes.find(rows, lens, least)
+        assert sorted(order) == list(range(len(rows)))
+        parts = [[(own_starts[i], lens[place])] for i, place in enumerate(order)]
+        for first, num, start, end in runs:
+            assert num > 1
+            assert start < end
+            assert start % least == end % least == 0
+            shared = [[self.slot(rows[place], p) for p in range(start, end)] for place in order[first : first + num]]
+            assert all(slots == shared[0] for slots in shared)
+            for i in range(first, first + num):
+                parts[i].append((start, end))
+        for (own_start, length), *shared in parts:
+            starts, ends = zip(*sorted([*shared, (own_start, length)]))
+            assert (*starts, length) == (0, *ends)
+            assert own_start < length
+        assert sum(map(len, parts)) <= MOST_SHARED * len(rows)
 
     def sample(self, step, contexts):
         drawn = []
@@ -154,6 +183,41 @@ def test_random_workloads_read_only_their_own_kv_and_leak_nothing(
             assert seq.completion_token_ids == completion[: seq.num_completion_tokens]
         else:
             assert seq.completion_token_ids == completion
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    tree=st.recursive(
+        st.just([]), lambda children: st.lists(st.tuples(st.integers(0, 6), children), max_size=4), max_leaves=30
+    ),
+    block_size=st.integers(1, 4),
+    least_blocks=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_rows_share_all_that_a_tree_of_prefixes_lets_them(tree, block_size, least_blocks, seed):
+    """Of random trees, each block below a node that has two rows or more is read once, in whole multiples; unless runs are too many."""
+    tables, blocks = [], count(1)
+
+    def grow(nodes, table):
+        for num_blocks, children in nodes:
+            grow(children, table + [next(blocks) for _ in range(num_blocks)])
+        if not nodes:
+            tables.append([*table, next(blocks)])
+
+    grow(tree, [])
+    random.Random(seed).shuffle(tables)
+    prefixes = SharedPrefixes(len(tables) + 1, 100, block_size)
+    for row, table in enumerate(tables, start=1):
+        prefixes.block_tables[row, : len(table)] = table
+        prefixes.num_shared_blocks[row] = len(table) - 1
+    lens = int32([len(table) * block_size for table in tables])
+    prefixes.find(int32(range(1, len(tables) + 1)), lens, least_blocks * block_size)
+    beginnings = [tuple(table[:n]) for table in tables for n in range(least_blocks, len(table), least_blocks)]
+    num_holders = Counter(beginnings)
+    shared = [(len(beginning), num) for beginning, num in num_holders.items() if num > 1]
+    if sum(num for _, num in shared) <= (MOST_SHARED - 1) * len(tables):
+        saved = sum((num - 1) * least_blocks * block_size for _, num in shared)
+        assert prefixes.num_tokens - prefixes.num_tokens_read == saved
 
 
 def make_sequences(count, prompt_len, max_tokens):

@@ -7,6 +7,7 @@ import torch
 
 from nanovllm.config import ModelConfig
 from tools.watchers import DeviceTimer
+from tools.workloads import Prefix, Workload
 
 
 class LeastWork(NamedTuple):
@@ -17,21 +18,23 @@ class LeastWork(NamedTuple):
     prompt_flops: int
 
 
-def least_work(model: ModelConfig, prompt_lens: list[int], output_lens: list[int], shared_prefix: int = 0) -> LeastWork:
+def least_work(model: ModelConfig, workload: Workload) -> LeastWork:
     """KV and weights that have to be read, and the arithmetic of the prompts.
 
     Computing a prompt gives the first output token; each further one reads its context's KV once. There are as many
-    steps as the longest output has tokens, and each reads the weights. A shared prefix is computed once, and in a step
-    it is read once for all. What decoding computes is left out.
+    steps as the longest output has tokens, and each reads the weights. What requests or samples share is computed once, and in a
+    step it is read once for all. What decoding computes is left out.
     """
+    prompts, output_lens = workload.requests(0)
+    num_shared = sum(num_tokens for _, num_tokens in workload.shared)
+    own = [Prefix(num_shared, len(prompt), range(i, i + 1)) for i, prompt in enumerate(prompts)]
+    prompt_tokens = attended_pairs = kv_tokens = 0
+    for start, end, requests in [*workload.prefixes, *own]:
+        prompt_tokens += end - start
+        attended_pairs += (end**2 - start**2) // 2  # causal: half of all
+        kv_tokens += (end - start) * max(output_lens[i] - 1 for i in requests)
+    kv_tokens += workload.num_samples * sum(n * (n - 1) // 2 for n in output_lens)
     num_steps = max(output_lens)
-    prompt_tokens = shared_prefix
-    attended_pairs = shared_prefix**2 // 2  # causal: half of all
-    kv_tokens = shared_prefix * (num_steps - 1)
-    for length, num_outputs in zip(prompt_lens, output_lens, strict=True):
-        prompt_tokens += length - shared_prefix
-        attended_pairs += (length**2 - shared_prefix**2) // 2
-        kv_tokens += sum(length - shared_prefix + i for i in range(1, num_outputs))
 
     m = model
     projections = 2 * m.hidden_size * (m.num_attention_heads + m.num_key_value_heads) * m.head_dim  # q and o, k and v

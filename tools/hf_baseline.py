@@ -23,9 +23,9 @@ def run_transformers(llm: LLM, workload: Workload, pass_number: int) -> float:
     longest = max(map(len, prompts))
     input_ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    sampling: dict[str, Any] = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False, "num_return_sequences": workload.num_samples}
     if workload.temperature > 0:
-        sampling = {"do_sample": True, "temperature": workload.temperature, "top_k": 0}
+        sampling |= {"do_sample": True, "temperature": workload.temperature, "top_k": 0}
 
     def generate(num_tokens: int) -> float:
         lengths = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}

@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import RMSNorm
 
-from nanovllm.engine.batch import INT, Batch
+from nanovllm.engine.batch import INT, Batch, PackedBatch
+from nanovllm.engine.shared_prefixes import SharedRuns
 from nanovllm.layers.rotary import Rotary, apply_rotary
 
 
@@ -20,8 +21,12 @@ class AttentionBackend:
     # Whether decode rows may run in a CUDA graph: then no launch may depend on the values of lengths.
     capturable = False
 
-    def plan(self, is_decode: bool, query_lens: INT, context_lens: INT) -> list[INT]:
-        """Arrays that the device needs for this step, made on the CPU; they arrive as `batch.work_list`.
+    # Decode rows share KV in runs of a multiple of so many tokens; with 0, each reads its own.
+    shared_tokens = 0
+
+    def plan(self, batch: PackedBatch, shared: SharedRuns | None) -> list[INT]:
+        """Arrays that the device needs for this batch, made on the CPU; they arrive as `batch.work_list`. `shared` says which KV
+        decode rows have in common; chunks have None.
 
         For decode rows of a capturable backend their shapes depend on the number of rows alone.
         """

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from nanovllm.attention.triton import TritonAttention
 from nanovllm.config import ModelConfig
-from nanovllm.engine.batch import INT, Batch
+from nanovllm.engine.batch import INT, Batch, PackedBatch
+from nanovllm.engine.shared_prefixes import SharedRuns
 from nanovllm.kernels import MAX_HEAD_DIM
 
 BLOCK_SIZES = {4: 128, 2: 256}  # by version: in which 4 is fastest, and which 2 needs
@@ -64,11 +65,11 @@ class FlashAttention(TritonAttention):
             raise ValueError(f"attention_backend='flash-attn': its package cannot be imported: {error}") from error
         self.attend_to_chunks = package.flash_attn_varlen_func
 
-    def plan(self, is_decode: bool, query_lens: INT, context_lens: INT) -> list[INT]:
+    def plan(self, batch: PackedBatch, shared: SharedRuns | None) -> list[INT]:
         """For chunks, where each begins in the queries and in the keys, and where the last one ends."""
-        if is_decode:
-            return super().plan(is_decode, query_lens, context_lens)
-        return [np.concatenate(([0], lens.cumsum())).astype(np.int32) for lens in (query_lens, context_lens)]
+        if batch.is_decode:
+            return super().plan(batch, shared)
+        return [np.append(0, lens.cumsum()).astype(np.int32) for lens in (batch.query_lens, batch.context_lens)]
 
     def prepare(self, batch: Batch) -> Any:
         if batch.is_decode:

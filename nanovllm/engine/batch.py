@@ -19,12 +19,13 @@ from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.attention import AttentionBackend
+    from nanovllm.engine.shared_prefixes import SharedPrefixes
 
 INT = NDArray[np.int32]
 
 # Upper bounds of the int32s that a step uploads: per decode row and per token of a chunk, with their parts of the work list, per
 # new entry of a block table, and for the rest.
-INTS_PER_ROW, INTS_PER_BLOCK, INTS_PER_TOKEN, INTS_PER_STEP = 40, 2, 16, 65536
+INTS_PER_ROW, INTS_PER_BLOCK, INTS_PER_TOKEN, INTS_PER_STEP = 64, 2, 16, 65536
 
 # With compiled layers chunks are padded to a multiple of so many tokens: torch.compile would compile them again for one token.
 TOKEN_MULTIPLE = 8
@@ -97,14 +98,17 @@ def padding(num_tokens: int) -> ScheduledChunk:
     return ScheduledChunk(TRASH, 0, num_tokens, is_sampled=False)
 
 
-def pack_batch(chunks: list[ScheduledChunk], backend: "AttentionBackend", is_decode: bool) -> PackedBatch:
-    """Pack the rows of a batch, or its chunks; with the attention backend's plan for them."""
+def pack_batch(
+    chunks: list[ScheduledChunk], backend: "AttentionBackend", prefixes: "SharedPrefixes | None" = None
+) -> PackedBatch:
+    """Pack the chunks of a batch, or its decode rows, which may share `prefixes`; with the attention backend's plan for them."""
+    is_decode = prefixes is not None
     rows = int32([chunk.seq.row for chunk in chunks])
     query_lens = int32([chunk.num_tokens for chunk in chunks])
     context_lens = int32([chunk.start for chunk in chunks]) + query_lens
     token_rows, ends = np.repeat(rows, query_lens), query_lens.cumsum()
     input_ids = [] if is_decode else [np.asarray(chunk.seq.token_ids)[chunk.start : chunk.end] for chunk in chunks]
-    return PackedBatch(
+    batch = PackedBatch(
         is_decode=is_decode,
         rows=rows,
         context_lens=context_lens,
@@ -112,9 +116,11 @@ def pack_batch(chunks: list[ScheduledChunk], backend: "AttentionBackend", is_dec
         token_rows=token_rows,
         positions=int32(np.arange(len(token_rows)) + np.repeat(context_lens - ends, query_lens)),
         input_ids=np.concatenate([int32([]), *input_ids]),
-        work_list=backend.plan(is_decode, query_lens, context_lens),
+        work_list=[],
         logits_indices=int32(ends[[chunk.is_sampled for chunk in chunks]] - 1),
     )
+    shared = None if prefixes is None else prefixes.find(rows, context_lens, backend.shared_tokens)
+    return batch._replace(work_list=backend.plan(batch, shared))
 
 
 class DeviceTables:

@@ -57,9 +57,12 @@ class BlockManager:
 
     def share(self, seq: Sequence, blocks: list[int]) -> None:
         """Let `seq`, which holds nothing yet, begin with the matched `blocks`."""
+        seq.num_shared_blocks = 0
         for block in blocks:
             if self.ref_counts[block] == 0:
                 del self.free[block]
+            else:
+                seq.num_shared_blocks += 1
             self.ref_counts[block] += 1
         seq.block_table = list(blocks)
         seq.prefix_ids = [content.prefix_id for block in blocks if (content := self.contents[block])]

@@ -129,7 +129,7 @@ class LLMEngine:
             return runner.forward(packed, step)
 
     def stats(self) -> dict[str, Any]:
-        manager = self.scheduler.block_manager
+        manager, prefixes = self.scheduler.block_manager, self._runner().prefixes
         num_blocks = manager.num_blocks - 1
         in_use = num_blocks - len(manager.free)
         return {
@@ -143,6 +143,8 @@ class LLMEngine:
             "prefix_cache_queries": self.scheduler.num_prefix_queries,
             "prefix_cache_hits": self.scheduler.num_prefix_hits,
             "num_preemptions": self.scheduler.num_preemptions,
+            "kv_tokens_attended": prefixes.num_tokens,
+            "kv_tokens_read": prefixes.num_tokens_read,
         }
 
     def close(self) -> None:

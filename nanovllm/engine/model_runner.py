@@ -20,6 +20,7 @@ from nanovllm.engine.batch import TOKEN_MULTIPLE, Batch, DeviceTables, KVCache, 
 from nanovllm.engine.cuda_graphs import DecodeGraphs
 from nanovllm.engine.scheduler import ScheduledChunk, Step
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.shared_prefixes import SharedPrefixes
 from nanovllm.layers.sampler import SamplingBatch, pack_sampling, sample
 from nanovllm.models.decoder import Decoder
 from nanovllm.outputs import LogprobRow
@@ -82,6 +83,7 @@ class ModelRunner:
         self.block_size = config.kvcache_block_size or backend.block_size
         self.head_rows = min(HEAD_ROWS, config.max_num_seqs)
         self.tables = DeviceTables(config, max(max_len, TOKEN_MULTIPLE), self.block_size, self.device)
+        self.prefixes = SharedPrefixes(config.max_num_seqs + 1, self.tables.blocks_per_row, self.block_size)
         self.graphs = DecodeGraphs()
         self.allocate_kv_cache(1)
 
@@ -104,21 +106,21 @@ class ModelRunner:
     def pack(self, step: Step) -> PackedStep:
         """What all ranks must know of a step. Decode rows are padded to the size of a graph."""
         decodes, chunks, batches = step.decodes, step.chunks, []
+        table_indices, table_blocks = self.prefixes.update(step)
         if decodes:
             num_padding = self.graphs.padded_size(len(decodes)) - len(decodes)
-            batch = pack_batch(decodes + [padding(1)] * num_padding, self.backend, is_decode=True)
+            batch = pack_batch(decodes + [padding(1)] * num_padding, self.backend, self.prefixes)
             # Where no chunks follow, padding has logits too: to leave it out would cost a copy.
             batches.append(batch._replace(logits_indices=slice(len(decodes) if chunks else None)))
         if chunks:
             num_padding = -step.num_prefill_tokens % TOKEN_MULTIPLE if self.model.is_compiled else 0
             padded = [*chunks, padding(num_padding)] if num_padding else chunks
-            batches.append(pack_batch(padded, self.backend, is_decode=False))
-        rows, indices, blocks = int32(step.block_updates).reshape(-1, 3).T
+            batches.append(pack_batch(padded, self.backend))
         vocab_size, sampled = self.model_config.vocab_size, step.sampled
         return PackedStep(
             batches=batches,
-            table_indices=rows * self.tables.blocks_per_row + indices,
-            table_blocks=blocks,
+            table_indices=table_indices,
+            table_blocks=table_blocks,
             new_rows=int32([seq.row for seq in step.admitted]),
             new_sampling=int32([pack_sampling(seq.params, seq.seed, vocab_size) for seq in step.admitted]),
             sampled_rows=int32([chunk.seq.row for chunk in sampled]),
@@ -226,7 +228,7 @@ class ModelRunner:
 
     def upload_trash_decode(self, num_rows: int) -> Callable[[], Tensor]:
         """Send a decode batch of trash rows to where every decode batch arrives; returns what computes it."""
-        packed = pack_batch([padding(1)] * num_rows, self.backend, is_decode=True)
+        packed = pack_batch([padding(1)] * num_rows, self.backend, self.prefixes)
         sent = self.tables.upload(packed)
         return torch.inference_mode()(lambda: self._compute(self.tables.batch(packed, sent)))
 

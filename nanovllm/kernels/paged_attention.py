@@ -45,79 +45,136 @@ def add_scores(scores, scale, acc, row_max, row_sum):
 
 
 @triton.jit
-def decode_attention_kernel(
-    q_ptr, k_cache, v_cache, out_ptr, partial_out, partial_lse, arrivals, rows, block_tables, bounds, items,
-    scale, q_stride, table_stride,
-    BLOCK_SIZE: tl.constexpr, H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+def attend_to_full_tiles(
+    q, k_tiles, v_tiles, table, start, end, h, scale, acc, row_max, row_sum,
+    BLOCK_SIZE: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One program does one list of items, which are parts of rows, for one key-value head: M holds its G query heads."""
+    """Add the tokens start … end-1, whole tiles of N that every row of q sees. One thread asks for a tile, by a descriptor of the
+    cache's tiles [N, D], and the GPU's copy engine brings it."""
+    block = tl.load(table + start // BLOCK_SIZE)
+    for n0 in range(start, end, N):
+        next_block = tl.load(table + tl.minimum(n0 + N, end - 1) // BLOCK_SIZE)  # known when its tile is asked for
+        slot = block * BLOCK_SIZE + n0 % BLOCK_SIZE
+        scores = tl.dot(q, tl.trans(k_tiles.load([slot, h * D])))
+        p, acc, row_max, row_sum = add_scores(scores, scale, acc, row_max, row_sum)
+        acc = tl.dot(p.to(q.dtype), v_tiles.load([slot, h * D]), acc)
+        block = next_block
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def decode_attention_kernel(
+    q_ptr, k_cache, v_cache, k_tiles, v_tiles, out_ptr, partial_out, partial_lse, arrivals, block_tables,
+    bounds, items, pairs, part_starts, scale, q_stride, table_stride,
+    BLOCK_SIZE: tl.constexpr, H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, M_SHARED: tl.constexpr, N_SHARED: tl.constexpr,
+):  # fmt: skip
+    """One program does one list of items for one key-value head: first those of many rows, in tiles of M_SHARED, then those of
+    few rows, in tiles of M. Each is a loop of its own, so that the first takes no registers from the second."""
     work = tl.program_id(0)
+    first, last = tl.load(bounds + work), tl.load(bounds + work + 1)
+    if M_SHARED > M:
+        num_tall = tl.load(bounds + tl.num_programs(0) + 1)
+        attend_to_items(
+            q_ptr, k_tiles, v_tiles, out_ptr, partial_out, partial_lse, arrivals, block_tables,
+            first, tl.minimum(last, num_tall), items, pairs, part_starts, scale, q_stride, table_stride,
+            BLOCK_SIZE, H_KV, G, D, DP, PRECISION, M_SHARED, N_SHARED, True,
+        )  # fmt: skip
+        first = tl.maximum(first, num_tall)
+    attend_to_items(
+        q_ptr, k_cache, v_cache, out_ptr, partial_out, partial_lse, arrivals, block_tables,
+        first, last, items, pairs, part_starts, scale, q_stride, table_stride,
+        BLOCK_SIZE, H_KV, G, D, DP, PRECISION, M, N, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def attend_to_items(
+    q_ptr, k_cache, v_cache, out_ptr, partial_out, partial_lse, arrivals, block_tables,
+    first, last, items, pairs, part_starts, scale, q_stride, table_stride,
+    BLOCK_SIZE: tl.constexpr, H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The items first … last-1: M holds the G query heads of each row of an item. Of a row that has several parts, whoever comes
+    last adds them up."""
     h = tl.program_id(1)
-    g = tl.arange(0, M)
+    m = tl.arange(0, M)
     d = tl.arange(0, DP)
-    live = g < G
-    mask = live[:, None] & (d < D)[None, :]
-    head = h * G + g
-    for i in range(tl.load(bounds + work), tl.load(bounds + work + 1)):
-        item = items + i * 5
-        row = tl.load(item).to(tl.int64)
-        start = tl.multiple_of(tl.load(item + 1), N)
-        end = tl.load(item + 2)
-        first_part = tl.load(item + 3).to(tl.int64)
-        num_parts = tl.load(item + 4)
-        position = tl.full([M], 0, tl.int32) + (end - 1)
-        table = block_tables + tl.load(rows + row).to(tl.int64) * table_stride
-        q = tl.load(q_ptr + row * q_stride + head[:, None] * D + d[None, :], mask=mask, other=0.0)
+    head = h * G + m % G
+    for i in range(first, last):
+        item = items + i * 6
+        table = block_tables + tl.load(item).to(tl.int64) * table_stride
+        pair = pairs + (tl.load(item + 1) + m // G) * 2
+        live = m // G < tl.load(item + 2)
+        start = tl.multiple_of(tl.load(item + 3), N)
+        end = tl.load(item + 4)
+        row = tl.load(pair, mask=live, other=0).to(tl.int64)
+        mask = live[:, None] & (d < D)[None, :]
+        q = tl.load(q_ptr + (row * q_stride + head * D)[:, None] + d[None, :], mask=mask, other=0.0)
         acc = tl.zeros([M, DP], tl.float32)
         row_max = tl.full([M], float("-inf"), tl.float32)
         row_sum = tl.zeros([M], tl.float32)
-        for n0 in range(start, end, N):
-            acc, row_max, row_sum = attend_to_tile(
-                q, k_cache, v_cache, table, n0, end, position, h, scale, acc, row_max, row_sum,
-                BLOCK_SIZE, H_KV, D, DP, N, PRECISION, True,
-            )  # fmt: skip
-        acc = acc / row_sum[:, None]
-        if num_parts == 1:
-            out = out_ptr + row * (H_KV * G * D) + head[:, None] * D + d[None, :]
-            tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        if HAS_DESCRIPTORS:
+            acc, row_max, row_sum = attend_to_full_tiles(
+                q, k_cache, v_cache, table, start, end, h, scale, acc, row_max, row_sum, BLOCK_SIZE, D, N
+            )
         else:
-            part = i * (H_KV * G) + head
-            tl.store(partial_out + part[:, None] * D + d[None, :], acc, mask=mask)
-            tl.store(partial_lse + part, row_max + tl.log2(row_sum), mask=live)
+            position = tl.full([M], 0, tl.int32) + (end - 1)
+            for n0 in range(start, end, N):
+                acc, row_max, row_sum = attend_to_tile(
+                    q, k_cache, v_cache, table, n0, end, position, h, scale, acc, row_max, row_sum,
+                    BLOCK_SIZE, H_KV, D, DP, N, PRECISION, True,
+                )  # fmt: skip
+        acc = acc / row_sum[:, None]
+        at_out = row * (H_KV * G) + head
+        if tl.load(item + 5):  # the only part of its only row
+            tl.store(out_ptr + at_out[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+        else:
+            at_part = tl.load(pair + 1, mask=live, other=0).to(tl.int64) * (H_KV * G) + head
+            tl.store(partial_out + at_part[:, None] * D + d[None, :], acc, mask=mask)
+            tl.store(partial_lse + at_part, row_max + tl.log2(row_sum), mask=live)
+            first_part = tl.load(part_starts + row, mask=live, other=0)
+            num_parts = tl.load(part_starts + row + 1, mask=live, other=0) - first_part
             tl.debug_barrier()  # the part is written before this program counts as arrived
-            arrival = arrivals + row * H_KV + h
-            if tl.atomic_add(arrival, 1, sem="acq_rel") == num_parts - 1:
-                tl.store(arrival, 0)
-                merge_parts(partial_out, partial_lse, out_ptr, row, first_part, num_parts, h, H_KV, G, D, DP, M)
+            is_last = live & (tl.atomic_add(arrivals + at_out, 1, mask=live, sem="acq_rel") == num_parts - 1)
+            most_parts = tl.max(tl.where(is_last, num_parts, 0), 0)
+            if most_parts > 0:
+                tl.debug_barrier()  # all threads read the other parts after this
+                tl.store(arrivals + at_out, 0, mask=is_last)
+                merge_parts(
+                    partial_out, partial_lse, out_ptr, at_out, head, first_part, num_parts, most_parts, is_last,
+                    H_KV, G, D, DP, M,
+                )  # fmt: skip
 
 
 @triton.jit
 def merge_parts(
-    partial_out, partial_lse, out_ptr, row, first_part, num_parts, h,
+    partial_out, partial_lse, out_ptr, at_out, head, first_part, num_parts, most_parts, is_last,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Add up the parts of a row, each weighted with the share of the softmax that it saw."""
-    g = tl.arange(0, M)
-    d = tl.arange(0, DP)
-    live = g < G
-    head = h * G + g
-    mask = live[:, None] & (d < D)[None, :]
-    acc = tl.zeros([M, DP], tl.float32)
-    row_max = tl.full([M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([M], tl.float32)
-    for i in range(first_part, first_part + num_parts):
-        part = i * (H_KV * G) + head
-        lse = tl.load(partial_lse + part, mask=live, other=0.0, cache_modifier=".cg")
-        partial = tl.load(partial_out + part[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-        new_max = tl.maximum(row_max, lse)
-        shrink, weight = tl.exp2(row_max - new_max), tl.exp2(lse - new_max)
-        acc = acc * shrink[:, None] + partial * weight[:, None]
-        row_sum = row_sum * shrink + weight
-        row_max = new_max
-    acc = acc / row_sum[:, None]
-    out = out_ptr + (row * (H_KV * G) + head)[:, None] * D + d[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    """Add up the parts of those rows [M] whose last part this is, each weighted with the share of the softmax that it saw. Tall tiles
+    do so for a piece of the head at a time: all of it does not fit into the registers."""
+    PIECE: tl.constexpr = max(16, DP * 16 // M)
+    for d0 in tl.static_range(0, DP, PIECE):
+        d = d0 + tl.arange(0, PIECE)
+        acc = tl.zeros([M, PIECE], tl.float32)
+        row_max = tl.full([M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([M], tl.float32)
+        for i in range(most_parts):
+            live = is_last & (i < num_parts)
+            part = (first_part + i).to(tl.int64) * (H_KV * G) + head
+            lse = tl.load(partial_lse + part, mask=live, other=float("-inf"), cache_modifier=".cg")
+            lse = tl.where(is_last, lse, 0.0)  # -inf less -inf is NaN
+            mask = live[:, None] & (d < D)[None, :]
+            partial = tl.load(partial_out + part[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+            new_max = tl.maximum(row_max, lse)
+            shrink, weight = tl.exp2(row_max - new_max), tl.exp2(lse - new_max)
+            acc = acc * shrink[:, None] + partial * weight[:, None]
+            row_sum = row_sum * shrink + weight
+            row_max = new_max
+        acc = acc / row_sum[:, None]
+        out = out_ptr + at_out[:, None] * D + d[None, :]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=is_last[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -128,9 +185,8 @@ def prompt_attention_kernel(
 ):  # fmt: skip
     """One program does one item for one key-value head: M holds the G query heads of M // G tokens.
 
-    With descriptors of the caches' tiles [N, D], one thread asks for a tile that all tokens see, and the GPU's copy engine
-    brings it. Where a tile may end with tokens that are not the sequence's, it is loaded by address, with zeros for them:
-    what is left there may be NaN.
+    Tiles that all tokens see come by descriptors, where the GPU has them. Where a tile may end with tokens that are not the
+    sequence's, it is loaded by address, with zeros for them: what is left there may be NaN.
     """
     item = items + tl.program_id(0) * 4
     h = tl.program_id(1)
@@ -153,14 +209,9 @@ def prompt_attention_kernel(
     # Up to here every token sees everything: masking takes longer than reading.
     num_seen = (first_position + 1) // N * N
     if HAS_DESCRIPTORS:
-        block = tl.load(table)
-        for n0 in range(0, num_seen, N):
-            next_block = tl.load(table + tl.minimum(n0 + N, end - 1) // BLOCK_SIZE)  # known when its tile is asked for
-            slot = block * BLOCK_SIZE + n0 % BLOCK_SIZE
-            scores = tl.dot(q, tl.trans(k_tiles.load([slot, h * D])))
-            p, acc, row_max, row_sum = add_scores(scores, scale, acc, row_max, row_sum)
-            acc = tl.dot(p.to(q.dtype), v_tiles.load([slot, h * D]), acc)
-            block = next_block
+        acc, row_max, row_sum = attend_to_full_tiles(
+            q, k_tiles, v_tiles, table, 0, num_seen, h, scale, acc, row_max, row_sum, BLOCK_SIZE, D, N
+        )
     else:
         for n0 in range(0, num_seen, N):
             acc, row_max, row_sum = attend_to_tile(

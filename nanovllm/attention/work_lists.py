@@ -1,0 +1,93 @@
+"""What the programs of the Triton backend's kernels do in a step, worked out on the CPU.
+
+Decode is split over the KV (FlashDecoding, Dao et al. 2023; Stream-K, Osama et al., arXiv 2301.03598): all tiles of KV, laid
+end to end, are cut into equally long lists, one for each program of a grid that just fills the GPU. A list is read from device
+memory, so the grid, and a CUDA graph that holds it, does not depend on lengths. KV that several rows share is there once, for
+all of them (Hydragen, Juravsky et al., arXiv 2402.05099).
+"""
+
+import numpy as np
+
+from nanovllm.engine.batch import INT, int32
+from nanovllm.engine.shared_prefixes import MOST_SHARED, SharedRuns
+
+
+def split_decodes(
+    rows: INT, context_lens: INT, shared: SharedRuns, num_lists: int, tile: int, few_rows: int, most_rows: int
+) -> list[INT]:
+    """Cut the KV of decode rows into `num_lists` lists of items that take equally long.
+
+    An item is a run of KV, or a part of one, for at most `few_rows` rows; or, if more share it, for at most `most_rows`.
+
+    Returns:
+        bounds [num_lists + 2]: list p has the items bounds[p] … bounds[p+1]-1. The last number says how many items, the first ones,
+            are of runs that more than `few_rows` share.
+        items [n, 6]: a row of the block tables; the first of the item's pairs and how many; the tokens start … end-1 of KV;
+            whether that is all of its only row.
+        pairs [p, 2]: for each row of each item its place in the batch, and which part of all the item gives for it.
+        part_starts [B + 1]: row b has the parts part_starts[b] … part_starts[b+1]-1.
+
+    The shapes depend on the number of rows alone. What is left over is zero.
+    """
+    order, runs, own_starts = shared
+    num_rows = len(rows)
+    is_tall = runs[:, 1] > few_rows
+    tall, others = _limit_rows(runs[is_tall], most_rows), _limit_rows(runs[~is_tall], few_rows)
+    own = np.stack((np.arange(num_rows), np.ones_like(order), own_starts, context_lens[order]), axis=1)
+    firsts, counts, starts, ends = np.concatenate((tall, others, own)).T
+    bounds, of, first_tiles = _cut(-(-(ends - starts) // tile), num_lists)
+    starts = starts[of] + first_tiles * tile
+    ends = np.where(
+        np.append(first_tiles[1:], 0) > 0, np.append(starts[1:], 0), ends[of]
+    )  # where the next item goes on
+    firsts, counts = firsts[of], counts[of]
+    first_pairs = counts.cumsum() - counts
+    num_pairs = int(counts.sum())
+    pair_rows = order[np.repeat(firsts - first_pairs, counts) + np.arange(num_pairs)]
+    by_row = pair_rows.argsort(kind="stable")
+    part_starts = pair_rows[by_row].searchsorted(np.arange(num_rows + 1))
+    places = order[firsts]
+    is_whole = part_starts[places + 1] - part_starts[places] == 1
+    items = np.zeros((MOST_SHARED * num_rows + num_lists, 6), np.int32)
+    items[: len(of)] = np.stack((rows[places], first_pairs, counts, starts, ends, is_whole), axis=1)
+    pairs = np.zeros((MOST_SHARED * num_rows + num_lists * min(most_rows, num_rows), 2), np.int32)
+    pairs[:num_pairs, 0] = pair_rows
+    pairs[by_row, 1] = np.arange(num_pairs)
+    return [int32(np.append(bounds, of.searchsorted(len(tall)))), items, pairs, int32(part_starts)]
+
+
+def _limit_rows(runs: INT, most_rows: int) -> INT:
+    """Cut runs [n, 4] into such of at most so many rows."""
+    firsts, counts, starts, ends = runs.T
+    num_pieces = -(-counts // most_rows)
+    of = np.repeat(np.arange(len(runs)), num_pieces)
+    offsets = (np.arange(len(of)) - (num_pieces.cumsum() - num_pieces)[of]) * most_rows
+    return np.stack((firsts[of] + offsets, np.minimum(most_rows, counts[of] - offsets), starts[of], ends[of]), axis=1)
+
+
+def _cut(tiles: INT, num_lists: int) -> tuple[INT, INT, INT]:
+    """Cut runs of so many tiles, laid end to end, into lists of pieces: bounds [num_lists + 1], and for each piece the run that
+    it is of, and its first tile there. A run counts as one tile more: that long an item takes beside its tiles."""
+    ends = (tiles + 1).cumsum()
+    starts = ends - tiles - 1
+    total = int(ends[-1])
+    cuts = np.arange(0, total, -(-total // num_lists))
+    cuts -= cuts == starts[ends.searchsorted(cuts, side="right")] + 1  # before the first tile is before the run
+    piece_starts = np.union1d(starts, cuts)
+    of = ends.searchsorted(piece_starts, side="right")
+    bounds = np.full(num_lists + 1, len(of), np.int32)
+    bounds[: len(cuts)] = piece_starts.searchsorted(cuts)
+    return bounds, int32(of), int32(np.maximum(piece_starts - starts[of] - 1, 0))
+
+
+def split_chunks(query_lens: INT, context_lens: INT, tile: int) -> INT:
+    """Cut the tokens of chunks into tiles, those with the most KV first: items [n, 4], each the place of a sequence in the
+    batch, the first of its tokens in the batch and how many, and the position of that first one."""
+    num_tiles = -(-query_lens // tile)
+    sequences = np.repeat(np.arange(len(query_lens)), num_tiles)
+    offsets = (np.arange(len(sequences)) - (num_tiles.cumsum() - num_tiles)[sequences]) * tile
+    tokens = (query_lens.cumsum() - query_lens)[sequences] + offsets
+    counts = np.minimum(tile, query_lens[sequences] - offsets)
+    positions = (context_lens - query_lens)[sequences] + offsets
+    items = np.stack((sequences, tokens, counts, positions), axis=1).astype(np.int32)
+    return items[np.argsort(-positions, kind="stable")]
