@@ -3,7 +3,18 @@
 from functools import partial
 
 import pytest
-from helpers import EXTRAS, IN_RUNNER, PARAMS, PROMPTS, SHARED, fail_at, make_llm, run
+from helpers import (
+    EXTRAS,
+    IN_RUNNER,
+    PARAMS,
+    PROMPTS,
+    SHARED,
+    assert_nothing_leaks,
+    completions,
+    fail_at,
+    make_llm,
+    run,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,6 +117,24 @@ def test_identical_prompts_in_one_step_share_their_blocks(tiny_model, expected, 
     outputs = llm.generate([PROMPTS[11]] * 4, PARAMS[11])
     assert [o["token_ids"] for o in outputs] == [expected[11][0]] * 4
     assert [o.num_cached_tokens for o in outputs] == [0, 48, 48, 48]  # of 62, in blocks of 16
+
+
+@pytest.mark.parametrize(
+    "pool", [{}, {"num_kvcache_blocks": 48, "max_model_len": 128}], ids=["", "a pool that preempts"]
+)
+def test_rows_that_share_prefixes_read_them_once(pool, tiny_model, device):
+    """Two levels of prefixes, samples of one prompt, and prompts that share nothing: the tokens are those of each alone."""
+    pytest.importorskip("triton", reason="needs triton")
+    prompts = [SHARED + SHARED[:24] + SHARED[i % 2 : 32] + [i] * (1 + i) for i in range(6)] + [[7] * 70, PROMPTS[2]]
+    params = [SamplingParams(max_tokens=7 + i % 3, seed=i, ignore_eos=True, n=1 + 2 * (i == 0)) for i in range(8)]
+    llm = make_llm(tiny_model(), device=device, attention_backend="triton", kvcache_block_size=4, **pool)
+    alone = make_llm(tiny_model(), device=device, enable_prefix_caching=False)
+    expected = [completions(alone, [prompt], [p])[0] for prompt, p in zip(prompts, params)]
+    assert completions(llm, prompts, params) == expected
+    assert_nothing_leaks(llm)
+    stats = llm.stats()
+    assert stats["kv_tokens_read"] < 0.7 * stats["kv_tokens_attended"]
+    assert (stats["num_preemptions"] > 0) == bool(pool)
 
 
 requests = st.tuples(

@@ -185,6 +185,20 @@ def test_random_workloads_read_only_their_own_kv_and_leak_nothing(
             assert seq.completion_token_ids == completion
 
 
+def test_what_rows_share_is_found_anew_for_new_sequences():
+    """They may have the rows of those before, in the same order."""
+    prefixes = SharedPrefixes(3, 4, block_size=2)
+    for other_block, num_saved in (5, 2), (6, 0):
+        first, second = sequence([1]), sequence([2])
+        first.row, second.row, second.num_shared_blocks = 1, 2, 1
+        blocks = [(1, 0, 5), (1, 1, 7), (2, 0, other_block), (2, 1, 8)]
+        prefixes.update(Step(admitted=[first, second], block_updates=blocks))
+        before = prefixes.num_tokens - prefixes.num_tokens_read
+        prefixes.find(int32([1, 2, 0]), int32([3, 4, 1]), least_tokens=2)
+        assert prefixes.num_tokens - prefixes.num_tokens_read - before == num_saved
+    assert prefixes.num_tokens == 2 * (3 + 4), "padding counts as nothing"
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     tree=st.recursive(

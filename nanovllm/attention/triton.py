@@ -90,26 +90,22 @@ class TritonAttention(AttentionBackend):
         tables = batch.block_tables
         strides = self.scale, q.stride(0), tables.stride(0)
         shape = {"BLOCK_SIZE": k_cache.shape[1], **self.shape}
+        tiles: list[TensorDescriptor | None] = [None, None]
+        if self.prompt_tiles["HAS_DESCRIPTORS"]:
+            tile = [self.prompt_tiles["N"], k_cache.shape[3]]  # decode's are as long
+            tiles = [TensorDescriptor.from_tensor(cache.flatten(0, 1).flatten(1), tile) for cache in (k_cache, v_cache)]
         if batch.is_decode:
-            bounds = batch.work_list[0]
-            decode_attention_kernel[(len(bounds) - 2, self.num_kv_heads)](
-                q, k_cache, v_cache, *self._descriptors(self.decode_tiles["N_SHARED"], k_cache, v_cache), out,
-                *batch.attn_metadata, tables, *batch.work_list, *strides, **shape, **self.decode_tiles,
+            grid = len(batch.work_list[0]) - 2, self.num_kv_heads
+            decode_attention_kernel[grid](
+                q, k_cache, v_cache, *tiles, out, *batch.attn_metadata, tables, *batch.work_list, *strides,
+                **shape, **self.decode_tiles,
             )  # fmt: skip
             return out
         (items,) = batch.work_list
         prompt_attention_kernel[(len(items), self.num_kv_heads)](
-            q, k_cache, v_cache, *self._descriptors(self.prompt_tiles["N"], k_cache, v_cache), out,
-            batch.rows, tables, items, *strides, **shape, **self.prompt_tiles,
-        )  # fmt: skip
+            q, k_cache, v_cache, *tiles, out, batch.rows, tables, items, *strides, **shape, **self.prompt_tiles
+        )
         return out
-
-    def _descriptors(self, num_tokens: int, *caches: Tensor) -> list[TensorDescriptor | None]:
-        """Of the caches' tiles of so many tokens and one head, where they pay."""
-        if not self.prompt_tiles["HAS_DESCRIPTORS"]:
-            return [None] * len(caches)
-        tile = [num_tokens, self.shape["D"]]
-        return [TensorDescriptor.from_tensor(cache.flatten(0, 1).flatten(1), tile) for cache in caches]
 
 
 def descriptors_pay(head_dim: int, dtype: torch.dtype, block_size: int, capability: int) -> bool:
@@ -128,7 +124,7 @@ def decode_tiles(head_dim: int, group: int, dtype: torch.dtype, has_descriptors:
     tokens = max(16, 64 >> ((head_dim > 128) + (dtype == torch.float32) * (1 + (rows > 32))))
     is_large = dtype == torch.float32 and rows * head_dim > 8192  # of the largest tiles two stages do not fit
     return {
-        "M": rows, "N": tokens, "M_SHARED": max(32, rows) if has_descriptors else rows, "N_SHARED": 64,
+        "M": rows, "N": tokens, "M_SHARED": max(32, rows) if has_descriptors else rows,
         "num_warps": 4, "num_stages": 1 if is_large else 2, "maxnreg": 168 if has_descriptors else None,
     }  # fmt: skip
 

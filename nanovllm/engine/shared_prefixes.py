@@ -35,7 +35,6 @@ class SharedPrefixes:
     def update(self, step: Step) -> tuple[INT, INT]:
         """Learn what is new in a step; returns the places in the block tables that change, and the blocks there."""
         for seq in step.admitted:
-            self.block_tables[seq.row] = 0
             self.num_shared_blocks[seq.row] = seq.num_shared_blocks
             self._found = None
         rows, indices, blocks = int32(step.block_updates).reshape(-1, 3).T
@@ -68,7 +67,9 @@ class SharedPrefixes:
             tables = self.block_tables[:, :num_blocks].take(rows, axis=0)
             order = tables.view(f"V{tables.itemsize * num_blocks}").ravel().argsort(kind="stable")
             tables = tables[order]
-            is_same = (tables[1:] == tables[:-1]) & (tables[1:] > 0)
+            is_same = (tables[1:] == tables[:-1]) & (
+                tables[1:] > 0
+            )  # 0 is padding's; the last block of a row is its own
             common = np.logical_and.accumulate(is_same, axis=1).sum(axis=1) * self.block_size
         while True:
             common = common // max(1, least_tokens) * least_tokens

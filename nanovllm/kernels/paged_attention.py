@@ -8,30 +8,45 @@ import triton.language as tl
 
 
 @triton.jit
-def attend_to_tile(
-    q, k_cache, v_cache, table, n0, end, position, h, scale, acc, row_max, row_sum,
+def attend_to_tiles(
+    q, k_cache, v_cache, table, start, end, position, h, scale, acc, row_max, row_sum,
     BLOCK_SIZE: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Add the tokens n0 … n0+N-1 that are before `end` and, where MASKED, not after `position` [M] to a softmax."""
-    n = n0 + tl.arange(0, N)
+    """Add the tokens start … end-1 to a softmax; where MASKED, those that are not after `position` [M].
+
+    With descriptors of the caches' tiles [N, D], one thread asks for a tile, and the GPU's copy engine brings it: a whole one, that
+    all rows of q see. Else tiles are loaded by address, with zeros after `end`: what is left there may be NaN.
+    """
+    n = tl.arange(0, N)
     d = tl.arange(0, DP)
-    live = n < end
-    if BLOCK_SIZE % N == 0:
-        block = tl.load(table + n0 // BLOCK_SIZE)
-        slot = block.to(tl.int64) * BLOCK_SIZE + (n0 % BLOCK_SIZE + tl.arange(0, N))
+    if HAS_DESCRIPTORS:
+        block = tl.load(table + start // BLOCK_SIZE)
+        for n0 in range(start, end, N):
+            next_block = tl.load(table + tl.minimum(n0 + N, end - 1) // BLOCK_SIZE)  # known when its tile is asked for
+            slot = block * BLOCK_SIZE + n0 % BLOCK_SIZE
+            scores = tl.dot(q, tl.trans(k_cache.load([slot, h * D])))
+            p, acc, row_max, row_sum = add_scores(scores, scale, acc, row_max, row_sum)
+            acc = tl.dot(p.to(q.dtype), v_cache.load([slot, h * D]), acc)
+            block = next_block
     else:
-        block = tl.load(table + n // BLOCK_SIZE, mask=live, other=0)
-        slot = block.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
-    at = (slot[:, None] * H_KV + h) * D + d[None, :]
-    mask = live[:, None] & (d < D)[None, :]
-    k = tl.load(k_cache + at, mask=mask, other=0.0)  # [N, D]
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
-    if MASKED:
-        scores = tl.where(live[None, :] & (n[None, :] <= position[:, None]), scores, float("-inf"))
-    p, acc, row_max, row_sum = add_scores(scores, scale, acc, row_max, row_sum)
-    v = tl.load(v_cache + at, mask=mask, other=0.0)
-    return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION), row_max, row_sum
+        for n0 in range(start, end, N):
+            live = n0 + n < end
+            if BLOCK_SIZE % N == 0:
+                slot = tl.load(table + n0 // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE + (n0 % BLOCK_SIZE + n)
+            else:
+                block = tl.load(table + (n0 + n) // BLOCK_SIZE, mask=live, other=0)
+                slot = block.to(tl.int64) * BLOCK_SIZE + (n0 + n) % BLOCK_SIZE
+            at = (slot[:, None] * H_KV + h) * D + d[None, :]
+            mask = live[:, None] & (d < D)[None, :]
+            k = tl.load(k_cache + at, mask=mask, other=0.0)  # [N, D]
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
+            if MASKED:
+                scores = tl.where(live[None, :] & ((n0 + n)[None, :] <= position[:, None]), scores, float("-inf"))
+            p, acc, row_max, row_sum = add_scores(scores, scale, acc, row_max, row_sum)
+            v = tl.load(v_cache + at, mask=mask, other=0.0)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, row_max, row_sum
 
 
 @triton.jit
@@ -45,29 +60,11 @@ def add_scores(scores, scale, acc, row_max, row_sum):
 
 
 @triton.jit
-def attend_to_full_tiles(
-    q, k_tiles, v_tiles, table, start, end, h, scale, acc, row_max, row_sum,
-    BLOCK_SIZE: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Add the tokens start … end-1, whole tiles of N that every row of q sees. One thread asks for a tile, by a descriptor of the
-    cache's tiles [N, D], and the GPU's copy engine brings it."""
-    block = tl.load(table + start // BLOCK_SIZE)
-    for n0 in range(start, end, N):
-        next_block = tl.load(table + tl.minimum(n0 + N, end - 1) // BLOCK_SIZE)  # known when its tile is asked for
-        slot = block * BLOCK_SIZE + n0 % BLOCK_SIZE
-        scores = tl.dot(q, tl.trans(k_tiles.load([slot, h * D])))
-        p, acc, row_max, row_sum = add_scores(scores, scale, acc, row_max, row_sum)
-        acc = tl.dot(p.to(q.dtype), v_tiles.load([slot, h * D]), acc)
-        block = next_block
-    return acc, row_max, row_sum
-
-
-@triton.jit
 def decode_attention_kernel(
     q_ptr, k_cache, v_cache, k_tiles, v_tiles, out_ptr, partial_out, partial_lse, arrivals, block_tables,
     bounds, items, pairs, part_starts, scale, q_stride, table_stride,
     BLOCK_SIZE: tl.constexpr, H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, M_SHARED: tl.constexpr, N_SHARED: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, M_SHARED: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One program does one list of items for one key-value head: first those of many rows, in tiles of M_SHARED, then those of
     few rows, in tiles of M. Each is a loop of its own, so that the first takes no registers from the second."""
@@ -78,7 +75,7 @@ def decode_attention_kernel(
         attend_to_items(
             q_ptr, k_tiles, v_tiles, out_ptr, partial_out, partial_lse, arrivals, block_tables,
             first, tl.minimum(last, num_tall), items, pairs, part_starts, scale, q_stride, table_stride,
-            BLOCK_SIZE, H_KV, G, D, DP, PRECISION, M_SHARED, N_SHARED, True,
+            BLOCK_SIZE, H_KV, G, D, DP, PRECISION, M_SHARED, N, True,
         )  # fmt: skip
         first = tl.maximum(first, num_tall)
     attend_to_items(
@@ -114,17 +111,11 @@ def attend_to_items(
         acc = tl.zeros([M, DP], tl.float32)
         row_max = tl.full([M], float("-inf"), tl.float32)
         row_sum = tl.zeros([M], tl.float32)
-        if HAS_DESCRIPTORS:
-            acc, row_max, row_sum = attend_to_full_tiles(
-                q, k_cache, v_cache, table, start, end, h, scale, acc, row_max, row_sum, BLOCK_SIZE, D, N
-            )
-        else:
-            position = tl.full([M], 0, tl.int32) + (end - 1)
-            for n0 in range(start, end, N):
-                acc, row_max, row_sum = attend_to_tile(
-                    q, k_cache, v_cache, table, n0, end, position, h, scale, acc, row_max, row_sum,
-                    BLOCK_SIZE, H_KV, D, DP, N, PRECISION, True,
-                )  # fmt: skip
+        position = tl.full([M], 0, tl.int32) + (end - 1)
+        acc, row_max, row_sum = attend_to_tiles(
+            q, k_cache, v_cache, table, start, end, position, h, scale, acc, row_max, row_sum,
+            BLOCK_SIZE, H_KV, D, DP, N, PRECISION, True, HAS_DESCRIPTORS,
+        )  # fmt: skip
         acc = acc / row_sum[:, None]
         at_out = row * (H_KV * G) + head
         if tl.load(item + 5):  # the only part of its only row
@@ -152,29 +143,26 @@ def merge_parts(
     partial_out, partial_lse, out_ptr, at_out, head, first_part, num_parts, most_parts, is_last,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Add up the parts of those rows [M] whose last part this is, each weighted with the share of the softmax that it saw. Tall tiles
-    do so for a piece of the head at a time: all of it does not fit into the registers."""
-    PIECE: tl.constexpr = max(16, DP * 16 // M)
-    for d0 in tl.static_range(0, DP, PIECE):
-        d = d0 + tl.arange(0, PIECE)
-        acc = tl.zeros([M, PIECE], tl.float32)
-        row_max = tl.full([M], float("-inf"), tl.float32)
-        row_sum = tl.zeros([M], tl.float32)
-        for i in range(most_parts):
-            live = is_last & (i < num_parts)
-            part = (first_part + i).to(tl.int64) * (H_KV * G) + head
-            lse = tl.load(partial_lse + part, mask=live, other=float("-inf"), cache_modifier=".cg")
-            lse = tl.where(is_last, lse, 0.0)  # -inf less -inf is NaN
-            mask = live[:, None] & (d < D)[None, :]
-            partial = tl.load(partial_out + part[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-            new_max = tl.maximum(row_max, lse)
-            shrink, weight = tl.exp2(row_max - new_max), tl.exp2(lse - new_max)
-            acc = acc * shrink[:, None] + partial * weight[:, None]
-            row_sum = row_sum * shrink + weight
-            row_max = new_max
-        acc = acc / row_sum[:, None]
-        out = out_ptr + at_out[:, None] * D + d[None, :]
-        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=is_last[:, None] & (d < D)[None, :])
+    """Add up the parts of those rows [M] whose last part this is, each weighted with the share of the softmax that it saw."""
+    d = tl.arange(0, DP)
+    acc = tl.zeros([M, DP], tl.float32)
+    row_max = tl.full([M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([M], tl.float32)
+    for i in range(most_parts):
+        live = is_last & (i < num_parts)
+        mask = live[:, None] & (d < D)[None, :]
+        part = (first_part + i).to(tl.int64) * (H_KV * G) + head
+        lse = tl.load(partial_lse + part, mask=live, other=float("-inf"), cache_modifier=".cg")
+        lse = tl.where(is_last, lse, 0.0)  # -inf less -inf is NaN
+        partial = tl.load(partial_out + part[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        new_max = tl.maximum(row_max, lse)
+        shrink, weight = tl.exp2(row_max - new_max), tl.exp2(lse - new_max)
+        acc = acc * shrink[:, None] + partial * weight[:, None]
+        row_sum = row_sum * shrink + weight
+        row_max = new_max
+    acc = acc / row_sum[:, None]
+    out = out_ptr + at_out[:, None] * D + d[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=is_last[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -185,8 +173,7 @@ def prompt_attention_kernel(
 ):  # fmt: skip
     """One program does one item for one key-value head: M holds the G query heads of M // G tokens.
 
-    Tiles that all tokens see come by descriptors, where the GPU has them. Where a tile may end with tokens that are not the
-    sequence's, it is loaded by address, with zeros for them: what is left there may be NaN.
+    Tiles that all tokens see come by descriptors, where the GPU has them.
     """
     item = items + tl.program_id(0) * 4
     h = tl.program_id(1)
@@ -208,20 +195,13 @@ def prompt_attention_kernel(
     row_sum = tl.zeros([M], tl.float32)
     # Up to here every token sees everything: masking takes longer than reading.
     num_seen = (first_position + 1) // N * N
-    if HAS_DESCRIPTORS:
-        acc, row_max, row_sum = attend_to_full_tiles(
-            q, k_tiles, v_tiles, table, 0, num_seen, h, scale, acc, row_max, row_sum, BLOCK_SIZE, D, N
-        )
-    else:
-        for n0 in range(0, num_seen, N):
-            acc, row_max, row_sum = attend_to_tile(
-                q, k_cache, v_cache, table, n0, end, position, h, scale, acc, row_max, row_sum,
-                BLOCK_SIZE, H_KV, D, DP, N, PRECISION, False,
-            )  # fmt: skip
-    for n0 in range(num_seen, end, N):
-        acc, row_max, row_sum = attend_to_tile(
-            q, k_cache, v_cache, table, n0, end, position, h, scale, acc, row_max, row_sum,
-            BLOCK_SIZE, H_KV, D, DP, N, PRECISION, True,
-        )  # fmt: skip
+    acc, row_max, row_sum = attend_to_tiles(
+        q, k_tiles if HAS_DESCRIPTORS else k_cache, v_tiles if HAS_DESCRIPTORS else v_cache, table, 0, num_seen, position,
+        h, scale, acc, row_max, row_sum, BLOCK_SIZE, H_KV, D, DP, N, PRECISION, False, HAS_DESCRIPTORS,
+    )  # fmt: skip
+    acc, row_max, row_sum = attend_to_tiles(
+        q, k_cache, v_cache, table, num_seen, end, position, h, scale, acc, row_max, row_sum,
+        BLOCK_SIZE, H_KV, D, DP, N, PRECISION, True, False,
+    )  # fmt: skip
     out = out_ptr + (row * (H_KV * G) + head)[:, None] * D + d[None, :]
     tl.store(out, (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
