@@ -33,31 +33,32 @@ def split_decodes(
     num_rows = len(rows)
     is_tall = runs[:, 1] > few_rows
     tall, others = _limit_rows(runs[is_tall], most_rows), _limit_rows(runs[~is_tall], few_rows)
-    own = np.stack((np.arange(num_rows), np.ones_like(order), own_starts, context_lens[order]), axis=1)
+    own = np.ones((num_rows, 4), np.int32)
+    own[:, 0], own[:, 2], own[:, 3] = np.arange(num_rows), own_starts, context_lens[order]
     firsts, counts, starts, ends = np.concatenate((tall, others, own)).T
     bounds, of, first_tiles = _cut(-(-(ends - starts) // tile), num_lists)
-    starts = starts[of] + first_tiles * tile
-    ends = np.where(
-        np.append(first_tiles[1:], 0) > 0, np.append(starts[1:], 0), ends[of]
-    )  # where the next item goes on
-    firsts, counts = firsts[of], counts[of]
-    first_pairs = counts.cumsum() - counts
-    num_pairs = int(counts.sum())
-    pair_rows = order[np.repeat(firsts - first_pairs, counts) + np.arange(num_pairs)]
+    bounds[-1] = of.searchsorted(len(tall))
+    firsts, counts, starts, ends = firsts[of], counts[of], starts[of] + first_tiles * tile, ends[of]
+    goes_on = first_tiles[1:].nonzero()[0]  # the items whose runs go on in the next one
+    ends[goes_on] = starts[goes_on + 1]
+    pair_ends = counts.cumsum()
+    num_items, num_pairs, places = len(of), int(pair_ends[-1]), order[firsts]
+    pair_rows = order[np.repeat(firsts + counts - pair_ends, counts) + np.arange(num_pairs)]
     by_row = pair_rows.argsort(kind="stable")
-    part_starts = pair_rows[by_row].searchsorted(np.arange(num_rows + 1))
-    places = order[firsts]
-    is_whole = part_starts[places + 1] - part_starts[places] == 1
+    part_starts = int32(pair_rows[by_row].searchsorted(np.arange(num_rows + 1)))
     items = np.zeros((MOST_SHARED * num_rows + num_lists, 6), np.int32)
-    items[: len(of)] = np.stack((rows[places], first_pairs, counts, starts, ends, is_whole), axis=1)
+    is_whole = part_starts[places + 1] - part_starts[places] == 1
+    items[:num_items].T[:] = rows[places], pair_ends - counts, counts, starts, ends, is_whole
     pairs = np.zeros((MOST_SHARED * num_rows + num_lists * min(most_rows, num_rows), 2), np.int32)
     pairs[:num_pairs, 0] = pair_rows
     pairs[by_row, 1] = np.arange(num_pairs)
-    return [int32(np.append(bounds, of.searchsorted(len(tall)))), items, pairs, int32(part_starts)]
+    return [bounds, items, pairs, part_starts]
 
 
 def _limit_rows(runs: INT, most_rows: int) -> INT:
     """Cut runs [n, 4] into such of at most so many rows."""
+    if not len(runs):
+        return runs
     firsts, counts, starts, ends = runs.T
     num_pieces = -(-counts // most_rows)
     of = np.repeat(np.arange(len(runs)), num_pieces)
@@ -66,16 +67,18 @@ def _limit_rows(runs: INT, most_rows: int) -> INT:
 
 
 def _cut(tiles: INT, num_lists: int) -> tuple[INT, INT, INT]:
-    """Cut runs of so many tiles, laid end to end, into lists of pieces: bounds [num_lists + 1], and for each piece the run that
-    it is of, and its first tile there. A run counts as one tile more: that long an item takes beside its tiles."""
+    """Cut runs of so many tiles, laid end to end, into lists of pieces: bounds [num_lists + 2], the last one unused, and for each piece
+    the run that it is of, and its first tile there. A run counts as one tile more: that long an item takes beside its tiles."""
     ends = (tiles + 1).cumsum()
     starts = ends - tiles - 1
     total = int(ends[-1])
     cuts = np.arange(0, total, -(-total // num_lists))
     cuts -= cuts == starts[ends.searchsorted(cuts, side="right")] + 1  # before the first tile is before the run
-    piece_starts = np.union1d(starts, cuts)
+    is_start = np.zeros(total, bool)
+    is_start[starts] = is_start[cuts] = True
+    piece_starts = is_start.nonzero()[0]
     of = ends.searchsorted(piece_starts, side="right")
-    bounds = np.full(num_lists + 1, len(of), np.int32)
+    bounds = np.full(num_lists + 2, len(of), np.int32)
     bounds[: len(cuts)] = piece_starts.searchsorted(cuts)
     return bounds, int32(of), int32(np.maximum(piece_starts - starts[of] - 1, 0))
 
