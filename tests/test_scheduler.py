@@ -32,6 +32,19 @@ def scheduled(step):
     return [(c.seq, c.start, c.num_tokens, is_decode, c.is_sampled) for is_decode, batch in batches for c in batch]
 
 
+def found_in(prefixes, rows, lens, tables, least_blocks):
+    """What is found is all that rows share, by their whole `tables` without what is their own for sure."""
+    least = least_blocks * prefixes.block_size
+    before = prefixes.num_tokens - prefixes.num_tokens_read
+    found = prefixes.find(rows, lens, least)
+    beginnings = [tuple(table[:n]) for table in tables for n in range(least_blocks, len(table) + 1, least_blocks)]
+    shared = [num for num in Counter(beginnings).values() if num > 1]
+    if sum(shared) <= (MOST_SHARED - 1) * len(rows):  # else there may be too many runs
+        saved = prefixes.num_tokens - prefixes.num_tokens_read - before
+        assert saved == sum(num - 1 for num in shared) * least
+    return found
+
+
 class FakeDevice:
     """Runs steps in launch order and sees only what the real one would: rows, tables, slots, sent tokens."""
 
@@ -67,7 +80,10 @@ class FakeDevice:
         """Each token of a row is in one run or in its own part; and what a run says that rows share, they do."""
         rows, lens = int32([chunk.seq.row for chunk in decodes]), int32([chunk.end for chunk in decodes])
         least = 2 * self.block_size
-        order, runs, own_starts = self.prefixes.find(rows, lens, least)
+        tables = [
+            [self.tables[row, i] for i in range((length - 1) // self.block_size)] for row, length in zip(rows, lens)
+        ]
+        order, runs, own_starts = found_in(self.prefixes, rows, lens, tables, least_blocks=2)
         assert sorted(order) == list(range(len(rows)))
         parts = [[(own_starts[i], lens[place])] for i, place in enumerate(order)]
         for first, num, start, end in runs:
@@ -225,13 +241,7 @@ def test_rows_share_all_that_a_tree_of_prefixes_lets_them(tree, block_size, leas
         prefixes.block_tables[row, : len(table)] = table
         prefixes.num_shared_blocks[row] = len(table) - 1
     lens = int32([len(table) * block_size for table in tables])
-    prefixes.find(int32(range(1, len(tables) + 1)), lens, least_blocks * block_size)
-    beginnings = [tuple(table[:n]) for table in tables for n in range(least_blocks, len(table), least_blocks)]
-    num_holders = Counter(beginnings)
-    shared = [(len(beginning), num) for beginning, num in num_holders.items() if num > 1]
-    if sum(num for _, num in shared) <= (MOST_SHARED - 1) * len(tables):
-        saved = sum((num - 1) * least_blocks * block_size for _, num in shared)
-        assert prefixes.num_tokens - prefixes.num_tokens_read == saved
+    found_in(prefixes, int32(range(1, len(tables) + 1)), lens, [table[:-1] for table in tables], least_blocks)
 
 
 def make_sequences(count, prompt_len, max_tokens):
