@@ -2,6 +2,9 @@
 
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Increment, Logprob, RequestOutput
+from nanovllm.prompts import TextPrompt, TokensPrompt
 from nanovllm.sampling_params import SamplingParams
 
 __all__ = ["LLM", "CompletionOutput", "Increment", "Logprob", "RequestOutput", "SamplingParams"]
+__all__ += ["TextPrompt", "TokensPrompt"]
+__version__ = "0.1.0"

@@ -6,8 +6,9 @@ A check returns the value as it is to be kept: numbers as Python's own, lists as
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import fields
+from functools import cache
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -16,18 +17,27 @@ SMALLEST, LARGEST = (float(x) for x in (np.finfo(np.float32).smallest_subnormal,
 
 
 def check_fields(options: Any) -> None:
-    """Check a frozen dataclass whose fields say what they take, and keep what the checks return.
+    """Check a dataclass whose fields say what they take, and keep what the checks return.
 
     A field with a plain type takes its instances, and one with `Annotated[type, check, *limits]` what
-    `check(name, value, *limits)` does not refuse; each takes its default as well.
+    `check(name, value, *limits)` does not refuse; each takes its default as well, and None if its type says so.
     """
-    for f in fields(options):
-        value = getattr(options, f.name)
-        if value is f.default:
-            continue
+    kind: Any = type(options)
+    for name, default, check, limits, also in _checks(kind):
+        value = getattr(options, name)
+        if value is not default and not (value is None and also):
+            object.__setattr__(options, name, check(name, value, *limits, **also))
+
+
+@cache
+def _checks(kind: Any) -> list[tuple[str, Any, Any, list[Any], dict[str, str]]]:
+    """Of each field of a dataclass its name, default and check, with the check's arguments."""
+    found = []
+    for f in fields(kind):
         check, *limits = getattr(f.type, "__metadata__", (check_type, f.type))
-        also = {"also": " or None"} if f.default is None else {}
-        object.__setattr__(options, f.name, check(f.name, value, *limits, **also))
+        takes_none = type(None) in get_args(getattr(f.type, "__origin__", None))
+        found.append((f.name, f.default, check, limits, {"also": " or None"} if takes_none else {}))
+    return found
 
 
 def check_type(name: str, value: Any, kind: Any, also: str = "") -> Any:

@@ -20,7 +20,7 @@ from nanovllm.checks import check_choice, check_fields, check_float, check_int, 
 from nanovllm.sampling_params import SamplingParams
 
 DTYPES: dict[Any, torch.dtype] = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
-DTYPES |= {dtype: dtype for dtype in DTYPES.values()}
+DTYPES |= {dtype: dtype for dtype in DTYPES.values()} | {"half": torch.float16, "float": torch.float32}  # vLLM's names
 DTYPE_CHOICES = ("auto", *DTYPES)
 
 
@@ -37,13 +37,6 @@ def check_device(name: str, value: Any) -> Any:
     return value
 
 
-def check_only(name: str, value: Any, only: bool, reason: str) -> bool:
-    """An option that others know, of which only one value is supported."""
-    if value is not only:
-        raise ValueError(f"{name} must be {only}, got {value!r}: {reason}")
-    return only
-
-
 def check_token_ids(name: str, ids: Any) -> frozenset[int]:
     """The token ids in an `eos_token_id`: None, one or a list; -1 stands for none."""
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
@@ -57,7 +50,8 @@ class Config:
     Args:
         model: a folder with safetensors, or the id of a Hub repository.
         enforce_eager: no compilation and no CUDA graphs.
-        max_model_len: prompt and completion together have at most so many tokens; lowered to the model's own limit.
+        max_model_len: prompt and completion together have at most so many tokens; lowered to the model's own limit, which
+            `LLM(max_model_len=None)` takes.
         max_num_seqs: so many sequences run at once.
         max_num_batched_tokens: a step computes at most so many tokens; longer prompts are cut into chunks.
         gpu_memory_utilization: the share of the GPU's whole memory that this process may use.
@@ -65,7 +59,7 @@ class Config:
         kvcache_block_size: tokens in a KV block; None is what the attention backend likes best.
         num_kvcache_blocks: blocks in the pool, one of which is never handed out; -1 takes what memory allows.
         device: "auto" (CUDA if there is a GPU), "cpu", "cuda" or "cuda:N".
-        dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
+        dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "half", "float32" or "float".
         attention_backend: "reference" (plain PyTorch), "triton", "flash-attn", or "auto": the fastest that is there; or an
             `nanovllm.attention.AttentionBackend` of one's own.
         model_class: a `nanovllm.models.decoder.Decoder` of one's own; None is that one.
@@ -76,8 +70,7 @@ class Config:
         tokenizer: another folder or Hub id for the tokenizer.
         revision: branch, tag or commit of a Hub repository.
         use_tqdm: show a bar while the weights are loaded.
-        trust_remote_code: only False: code from a checkpoint is never run.
-        enable_chunked_prefill: only True: every prompt may be cut into chunks.
+        trust_remote_code: a permission that is never used: code from a checkpoint is never run.
     """
 
     model: str | PathLike
@@ -100,13 +93,16 @@ class Config:
     tokenizer: Annotated[str | PathLike | None, check_type, str | PathLike] = None
     revision: Annotated[str | None, check_type, str] = None
     use_tqdm: bool = True
-    trust_remote_code: Annotated[bool, check_only, False, "code from a checkpoint is never run"] = False
-    enable_chunked_prefill: Annotated[bool, check_only, True, "every prompt may be cut into chunks"] = True
+    trust_remote_code: bool = False
 
     @classmethod
     def from_options(cls, model: str | PathLike[str], options: dict[str, Any]) -> "Config":
-        """Build from keyword arguments; an unknown one is a TypeError that names the nearest known one."""
+        """Build from keyword arguments, vLLM's too; an unknown one is a TypeError that names the nearest known one."""
         known = [f.name for f in fields(cls) if f.name != "model"]
+        if not options.keys() <= set(known) or None in options.values():
+            from nanovllm.extras.vllm_options import translate
+
+            options = translate(options)
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

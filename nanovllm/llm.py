@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from nanovllm.checks import check_choice
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine, no_full_collections
 from nanovllm.engine.sequence import Sequence
@@ -26,6 +27,7 @@ from nanovllm.prompts import Params, Prompt, Prompts, check_params, check_reques
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text import CompletionText, Detokenizer, TokenTexts, load_tokenizer
 
+ShowProgress = bool | Callable[..., tqdm]
 Conversations = Seq[Mapping[str, Any]] | Seq[Seq[Mapping[str, Any]]]
 
 
@@ -64,7 +66,15 @@ class LLM:
         self.engine = LLMEngine(self.config, model_config, tensors)
 
     @no_full_collections()
-    def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
+    def generate(
+        self,
+        prompts: Prompts | None = None,
+        sampling_params: Params = None,
+        use_tqdm: ShowProgress = True,
+        *,
+        prompt_token_ids: Prompts | None = None,
+        lora_request: None = None,
+    ) -> list[RequestOutput]:
         """Complete the prompts; results in their order.
 
         A request aborted by its own logits processor is returned with the tokens it has so far.
@@ -72,7 +82,9 @@ class LLM:
         Args:
             prompts: one or a list of: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
             sampling_params: one for all, or one for each prompt; the default is `SamplingParams()`.
-            use_tqdm: show a progress bar.
+            use_tqdm: show a progress bar; or what makes one, with tqdm's arguments.
+            prompt_token_ids: another name of `prompts`.
+            lora_request: only None: no adapter is loaded.
 
         Raises:
             TypeError, ValueError: before anything runs, naming the prompt that cannot be run.
@@ -81,11 +93,15 @@ class LLM:
                 `add_request` and `stream` too, and the prefix cache is empty. The LLM can be used again, unless it has
                 several ranks and one of them failed.
         """
+        check_choice("lora_request", lora_request, (None,))
+        if (prompts is None) == (prompt_token_ids is None):
+            raise TypeError("generate() takes either prompts or prompt_token_ids")
         with self._turn:
-            requests = {request[0].request_id: request for request in self._make_requests(prompts, sampling_params)}
+            wanted: Any = prompt_token_ids if prompts is None else prompts
+            requests = {request[0].request_id: request for request in self._make_requests(wanted, sampling_params)}
             return self._complete(requests, use_tqdm)
 
-    def _complete(self, requests: dict[int, list[Sequence]], use_tqdm: bool) -> list[RequestOutput]:
+    def _complete(self, requests: dict[int, list[Sequence]], use_tqdm: ShowProgress) -> list[RequestOutput]:
         outputs: dict[int, RequestOutput] = {}
         ended: dict[Sequence, None] = {}
 
@@ -99,7 +115,7 @@ class LLM:
         try:
             self._add(requests.values(), ended)
             num_tokens: Counter[str] = Counter()
-            with progress_bar(total=len(requests), desc="Generating", unit="request", disable=not use_tqdm) as bar:
+            with progress_bar(use_tqdm, total=len(requests), desc="Generating", unit="request") as bar:
                 while len(outputs) < len(requests) and self.engine.scheduler.has_unfinished:
                     step = self.engine.step()
                     num_tokens.update(prefill=step.num_prefill_tokens, decode=step.num_decode_tokens)
@@ -117,7 +133,12 @@ class LLM:
             raise
 
     def chat(
-        self, messages: Conversations, sampling_params: Params = None, use_tqdm: bool = True, **options: Any
+        self,
+        messages: Conversations,
+        sampling_params: Params = None,
+        use_tqdm: ShowProgress = True,
+        lora_request: None = None,
+        **options: Any,
     ) -> list[RequestOutput]:
         """Answer one or a list of conversations.
 
@@ -135,7 +156,7 @@ class LLM:
 
         with self._turn:
             prompts = make_prompts(self.tokenizer, messages, options)
-        return self.generate(prompts, sampling_params, use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm, lora_request=lora_request)
 
     def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[Increment]:
         """As `generate`, step by step: an iterator of what is new. Leaving it drops what is not finished."""
@@ -214,8 +235,8 @@ class LLM:
                 del self._ended[seq]
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the checkpoint's generation_config.json recommends."""
-        return self.engine.model_config.default_sampling_params
+        """A copy of what the checkpoint's generation_config.json recommends."""
+        return self.engine.model_config.default_sampling_params.clone()
 
     def reset_prefix_cache(self) -> None:
         """Forget what is cached, so that no later request shares it."""
@@ -273,6 +294,11 @@ class LLM:
             if id(params) not in checked:  # one object may serve all prompts
                 check_params(name, params, vocab_size, self._eos_token_ids)
                 checked.add(id(params))
+                if params.bad_words:
+                    from nanovllm.extras.bad_words import ban_words
+
+                    ban = ban_words(params.bad_words, self.tokenizer)
+                    params.logits_processors = (*(params.logits_processors or ()), ban)
             if params.stop:
                 self.get_tokenizer()  # there must be one
             requests.append(self._make_samples(text, token_ids, params))
@@ -282,6 +308,7 @@ class LLM:
         """The `n` sequences of a request."""
         others = replace(params, prompt_logprobs=None) if params.n > 1 else params
         seed = self._random.getrandbits(63) if params.seed in (None, -1) else params.seed
+        room = self.max_model_len - len(token_ids)
         request_id = next(self._ids)
         token_texts = self._token_texts if params.detokenize else None
         samples = []
@@ -292,7 +319,7 @@ class LLM:
                 # one that does not depend on n, the same in every process
                 seed=seed if i == 0 else random.Random(f"{seed}, sample {i}").getrandbits(63),
                 params=params if i == 0 else others,
-                max_tokens=min(params.max_tokens, self.max_model_len - len(token_ids)),
+                max_tokens=min(params.max_tokens or room, room),
                 eos_token_ids=self._eos_token_ids,
                 prompt=prompt,
             )

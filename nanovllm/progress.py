@@ -1,6 +1,7 @@
 """Progress bars on stderr."""
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -22,6 +23,6 @@ class Stderr:
             sys.stderr.flush()
 
 
-def progress_bar(**options: Any) -> tqdm:
-    """A bar with tqdm's options."""
-    return tqdm(file=Stderr(), **options)
+def progress_bar(use_tqdm: bool | Callable[..., tqdm], **options: Any) -> tqdm:
+    """A bar with tqdm's options, shown or not; or the one that `use_tqdm` makes."""
+    return use_tqdm(**options) if callable(use_tqdm) else tqdm(file=Stderr(), disable=not use_tqdm, **options)

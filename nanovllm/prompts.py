@@ -4,7 +4,7 @@ import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence, Set
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -17,6 +17,18 @@ NO_LISTS = bytes | bytearray | memoryview | Set | Mapping | Iterator  # they hav
 Params = SamplingParams | Sequence[SamplingParams] | None  # one for all prompts, or one for each; None is the default
 
 
+class TextPrompt(TypedDict):
+    """vLLM's name for a prompt that is text."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """vLLM's name for a prompt that is token ids."""
+
+    prompt_token_ids: Sequence[int]
+
+
 class Request(NamedTuple):
     """One prompt, with `token_ids` or with a `text` that is still to be tokenized, and how to complete it."""
 
@@ -27,7 +39,9 @@ class Request(NamedTuple):
 
 
 def parse_requests(prompts: Prompts, params: Params) -> list[Request]:
-    """The requests of one call, in order; TypeError or ValueError name an invalid prompt."""
+    """The requests of one call, in order, with copies of their parameters; TypeError or ValueError name an invalid prompt."""
+    if isinstance(prompts, np.ndarray):
+        prompts = prompts.tolist()
     if not isinstance(prompts, Sequence | dict) or isinstance(prompts, bytes | bytearray):
         raise TypeError(f"prompts must be text, token ids, a dict or a list of these, got {type(prompts).__name__}")
     is_one = isinstance(prompts, str | dict) or isinstance(next(iter(prompts), None), Integral)
@@ -37,7 +51,8 @@ def parse_requests(prompts: Prompts, params: Params) -> list[Request]:
     params = check_list("sampling_params", params, check_type, SamplingParams, also=" or SamplingParams")
     if len(params) != len(every):
         raise ValueError(f"sampling_params has {len(params)} entries for {len(every)} prompts; one for each is needed")
-    return [_parse(f"prompts[{i}]", every[i], params[i]) for i in range(len(every))]
+    copies = {id(p): p.clone() for p in {id(p): p for p in params}.values()}
+    return [_parse(f"prompts[{i}]", every[i], copies[id(params[i])]) for i in range(len(every))]
 
 
 def check_request(name: str, token_ids: "array[int]", vocab_size: int, max_len: int) -> None:

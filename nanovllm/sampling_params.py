@@ -1,7 +1,7 @@
-"""SamplingParams: what one request asks of sampling, stopping and its outputs. Frozen, and validated when it is made."""
+"""SamplingParams: what one request asks of sampling, stopping and its outputs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Annotated, Any
 
 from nanovllm.checks import check_fields, check_float, check_int, check_list, check_positive, check_type
@@ -23,16 +23,19 @@ def check_biases(name: str, value: Any, also: str = "") -> dict[int, float]:
     }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SamplingParams:
     """How the completions of one request are drawn. Names and meaning are vLLM's.
+
+    It is checked when it is made, and again by a call that takes it, which keeps a copy: what is assigned afterwards changes
+    nothing that runs. None for `temperature`, `top_k` and `top_p` is their default.
 
     The logits pass through penalties, bias and bans, processors, temperature, min-p, top-k and top-p in this order, each
     on what the one before kept; a token that ties with the last one kept is kept too.
 
     Args:
         temperature: divides the logits, at most 1e30; 0 is greedy (on a tie the lowest token id wins).
-        max_tokens: a completion has at most so many tokens.
+        max_tokens: a completion has at most so many tokens; None goes on up to the length of the model.
         ignore_eos: do not stop at the model's end-of-sequence tokens.
         top_k: keep the k most likely tokens; 0 or -1 keeps all.
         top_p: keep the smallest set of most likely tokens whose probability reaches this, in (0, 1].
@@ -42,7 +45,7 @@ class SamplingParams:
         min_tokens: nothing stops a completion before it has so many tokens.
         stop_token_ids: a completion ends with the first of these that is drawn.
         logprobs: report for every token the log-softmax of the raw logits, of the drawn token and of so many of
-            the most likely ones; -1 is the whole vocabulary, None reports nothing.
+            the most likely ones; -1 is the whole vocabulary, True is 1, None reports nothing.
         n: draw so many completions of the prompt, whose KV they share; more than 1 needs a temperature.
         repetition_penalty: logits of tokens of the prompt and the completion so far are divided by this where they are
             positive, and multiplied where they are negative (Keskar et al., arXiv 1909.05858); above 0.
@@ -55,15 +58,17 @@ class SamplingParams:
         prompt_logprobs: as `logprobs`, for the tokens of the prompt but the first.
         detokenize: give text; False leaves it empty, and needs no tokenizer.
         skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: changes nothing: the text is what the tokenizer makes of the tokens.
         logits_processors: functions of (token ids of the completion so far, logits float32 [vocabulary] of the next one),
             or of (prompt's token ids, completion's, logits), that return the logits to draw from, in this order.
+        bad_words: texts that the completion does not contain, nor their like after a space.
 
     Raises:
         TypeError, ValueError: on a value outside of what is said above.
     """
 
     temperature: Annotated[float, check_float, 0.0, 1e30] = 1.0  # times the noise it is finite
-    max_tokens: Annotated[int, check_int, 1] = 64
+    max_tokens: Annotated[int | None, check_int, 1] = 64
     ignore_eos: bool = False
     _: KW_ONLY
     top_k: Annotated[int, check_int, -1] = 0
@@ -84,13 +89,19 @@ class SamplingParams:
     prompt_logprobs: Annotated[int | None, check_int, -1] = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
     logits_processors: Annotated[Sequence[LogitsProcessor] | None, check_list, check_type, Callable] = None
+    bad_words: Annotated[Sequence[str] | None, check_list, check_text] = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+        self.temperature = 1.0 if self.temperature is None else self.temperature
+        self.top_k = 0 if self.top_k is None else self.top_k
+        self.top_p = 1.0 if self.top_p is None else self.top_p
+        self.logprobs = 1 if self.logprobs is True else self.logprobs
+        self.prompt_logprobs = 1 if self.prompt_logprobs is True else self.prompt_logprobs
+        self.stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         check_fields(self)
-        if self.min_tokens > self.max_tokens:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}")
         if self.n > 1 and self.temperature == 0:
             raise ValueError(f"n must be 1 at temperature 0, where all completions are equal, got {self.n}")
@@ -98,6 +109,10 @@ class SamplingParams:
             raise ValueError(f"stop must be None with detokenize=False, got {self.stop!r}")
         if self.allowed_token_ids == ():
             raise ValueError("allowed_token_ids must have a token id or be None, got []")
+
+    def clone(self) -> "SamplingParams":
+        """A copy, checked."""
+        return replace(self)
 
     @property
     def is_truncated(self) -> bool:

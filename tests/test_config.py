@@ -40,7 +40,7 @@ OPTIONS = {
     ),
     "dtype": (
         "auto",
-        ["bfloat16", "float16", "float32", torch.bfloat16, torch.float16, torch.float32],
+        ["bfloat16", "float16", "float32", "half", "float", torch.bfloat16, torch.float16, torch.float32],
         ["int8", "float64", "bf16", None, torch.int8, torch.float64],
     ),
     "attention_backend": ("auto", ["reference"], ["nope", "", None, 1, AttentionBackend]),
@@ -52,8 +52,7 @@ OPTIONS = {
     "tokenizer": (None, ["owner/name", Path("folder")], [3, ["folder"], False]),
     "revision": (None, ["main"], [3, b"main", Path("main")]),
     "use_tqdm": (True, [False], [1, 0, None]),
-    "trust_remote_code": (False, [], [True, 1, 0, "False", None]),
-    "enable_chunked_prefill": (True, [], [False, 1, 0, "True", None]),
+    "trust_remote_code": (False, [True], [1, 0, "False", None]),
 }
 ALLOWED = [(name, value) for name, (default, more, _) in OPTIONS.items() for value in (default, *more)]
 REFUSED = [(name, value) for name, (_, _, wrong) in OPTIONS.items() for value in wrong]
@@ -78,7 +77,6 @@ def test_a_wrong_value_is_refused_with_the_options_name_and_the_value(name, valu
     ("unknown", "hint"),
     [
         ("kv_cache_block_size", "did you mean 'kvcache_block_size'?"),
-        ("block_size", "did you mean 'kvcache_block_size'?"),
         ("backend", "did you mean 'attention_backend'?"),
         ("zzz", "known are " + ", ".join(list(OPTIONS)[1:])),
     ],
@@ -86,6 +84,50 @@ def test_a_wrong_value_is_refused_with_the_options_name_and_the_value(name, valu
 def test_an_unknown_option_is_refused_with_the_nearest_known_one_or_all(unknown, hint):
     with pytest.raises(TypeError, match=re.escape(f"'{unknown}'; {hint}") + "$"):
         Config.from_options("folder", {unknown: 1})
+
+
+@pytest.mark.parametrize(
+    ("passed", "ours"),
+    [
+        ({"block_size": 32}, {"kvcache_block_size": 32}),
+        ({"block_size": 32, "kvcache_block_size": 32}, {"kvcache_block_size": 32}),
+        ({"max_num_seqs": None, "max_num_batched_tokens": None, "max_model_len": 77}, {"max_model_len": 77}),
+        ({"max_model_len": None}, {"max_model_len": 2**31 - 1}),
+        ({"tokenizer": None, "seed": None}, {}),
+        ({"disable_log_stats": True, "swap_space": 4, "disable_custom_all_reduce": True, "max_logprobs": 20}, {}),
+        (
+            {"download_dir": "/models", "dtype": "half", "trust_remote_code": True},
+            {"dtype": "half", "trust_remote_code": True},
+        ),
+        ({"quantization": None, "tokenizer_mode": "auto", "kv_cache_dtype": "auto"}, {}),
+        ({"pipeline_parallel_size": 1, "enable_lora": False, "enable_chunked_prefill": True}, {}),
+    ],
+    ids=str,
+)
+def test_options_of_vllm_are_ours_or_ask_for_nothing(passed, ours):
+    assert Config.from_options("folder", passed) == Config(model="folder", **ours)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("quantization", "awq", "quantised weights"),
+        ("tokenizer_mode", "slow", "what transformers loads"),
+        ("kv_cache_dtype", "fp8", "the model's data type"),
+        ("pipeline_parallel_size", 2, "tensor_parallel_size"),
+        ("pipeline_parallel_size", True, "tensor_parallel_size"),
+        ("enable_lora", True, "no adapter"),
+        ("enable_chunked_prefill", False, "chunks"),
+    ],
+)
+def test_other_values_of_vllms_options_are_refused_with_the_reason(option, value, reason):
+    with pytest.raises(ValueError, match=rf"^{option} must be .*, got {value!r}: .*{reason}"):
+        Config.from_options("folder", {option: value})
+
+
+def test_an_option_by_two_names_has_one_value():
+    with pytest.raises(ValueError, match=r"^block_size beside kvcache_block_size must be 16, got 32$"):
+        Config.from_options("folder", {"block_size": 32, "kvcache_block_size": 16})
 
 
 @pytest.mark.parametrize("wrong", ["max_model_length", "max_num_seqs"])

@@ -21,7 +21,7 @@ from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.attention.triton import TritonAttention
 from nanovllm.attention.work_lists import split_chunks, split_decodes
 from nanovllm.engine.batch import Batch, int32
-from nanovllm.engine.shared_prefixes import MOST_SHARED, SharedPrefixes, SharedRuns, nested_runs
+from nanovllm.engine.shared_prefixes import MAX_PARTS_PER_ROW, SharedPrefixes, SharedRuns, nested_runs
 from nanovllm.extras import logprobs, logprobs_kernel, truncation, truncation_kernel
 from nanovllm.kernels.gumbel import gumbel_max
 from nanovllm.layers.rotary import RopeConfig, RotaryEmbedding
@@ -198,7 +198,7 @@ def test_decode_lists_cover_every_token_once_and_take_equally_long(common, own_l
     num_rows, (few_rows, most_rows) = len(common) + 1, limits
     common = int32(common) * tile
     runs = int32(nested_runs(common.tolist())).reshape(-1, 4)
-    if runs[:, 1].sum() > (MOST_SHARED - 1) * num_rows or most_rows == 1:
+    if runs[:, 1].sum() > (MAX_PARTS_PER_ROW - 1) * num_rows or most_rows == 1:
         common, runs = common * 0, runs[:0]
     order = np.random.default_rng(seed).permutation(num_rows)
     own_starts = np.maximum(np.append(common, 0), np.append(0, common))
@@ -209,8 +209,9 @@ def test_decode_lists_cover_every_token_once_and_take_equally_long(common, own_l
     (*bounds, num_tall), items, pairs, part_starts = split_decodes(
         rows, lens, shared, num_lists, tile, few_rows, most_rows
     )
-    assert len(items) == MOST_SHARED * num_rows + num_lists
-    assert len(pairs) == MOST_SHARED * num_rows + num_lists * min(most_rows, num_rows)
+    most_parts = num_rows * (1 if most_rows == 1 else MAX_PARTS_PER_ROW)
+    assert len(items) == most_parts + num_lists
+    assert len(pairs) == most_parts + num_lists * min(most_rows, num_rows)
     assert (len(bounds), len(part_starts), bounds[0]) == (num_lists + 1, num_rows + 1, 0)
     covered, numbers = [[] for _ in rows], []
     for i, (table, first, num, start, end, is_whole) in enumerate(items[: bounds[-1]].tolist()):

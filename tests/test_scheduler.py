@@ -14,7 +14,7 @@ from nanovllm.engine.batch import int32
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.shared_prefixes import MOST_SHARED, SharedPrefixes
+from nanovllm.engine.shared_prefixes import MAX_PARTS_PER_ROW, SharedPrefixes
 
 
 def sequence(token_ids, request_id=0, max_tokens=1, **fields):
@@ -39,7 +39,7 @@ def found_in(prefixes, rows, lens, tables, least_blocks):
     found = prefixes.find(rows, lens, least)
     beginnings = [tuple(table[:n]) for table in tables for n in range(least_blocks, len(table) + 1, least_blocks)]
     shared = [num for num in Counter(beginnings).values() if num > 1]
-    if sum(shared) <= (MOST_SHARED - 1) * len(rows):  # else there may be too many runs
+    if sum(shared) <= (MAX_PARTS_PER_ROW - 1) * len(rows):  # else there may be too many runs
         saved = prefixes.num_tokens - prefixes.num_tokens_read - before
         assert saved == sum(num - 1 for num in shared) * least
     return found
@@ -98,7 +98,7 @@ class FakeDevice:
             starts, ends = zip(*sorted([*shared, (own_start, length)]))
             assert (*starts, length) == (0, *ends)
             assert own_start < length
-        assert sum(map(len, parts)) <= MOST_SHARED * len(rows)
+        assert sum(map(len, parts)) <= MAX_PARTS_PER_ROW * len(rows)
 
     def sample(self, step, contexts):
         drawn = []

@@ -30,7 +30,7 @@ class Workspace(NamedTuple):
     """Where the parts of rows meet; made once a step, used by every layer in turn."""
 
     partial_out: Tensor  # [parts, H, D] float32, each normalised by its own sum
-    partial_lse: Tensor  # [parts, H] float32, log2 of that sum
+    partial_lse: Tensor  # [parts, H] float32, log2 of that sum of exponentials
     arrivals: Tensor  # [B, H] int32, zero between layers
 
 
@@ -114,11 +114,11 @@ def descriptors_pay(head_dim: int, dtype: torch.dtype, block_size: int, capabili
 
 
 def decode_tiles(head_dim: int, group: int, dtype: torch.dtype, has_descriptors: bool) -> dict[str, Any]:
-    """Rows and tokens of a tile; both of one for KV that many rows share, which comes through descriptors; launch options.
+    """M: query heads in a tile. N: its tokens. M_SHARED: query heads in a tile of KV that many rows share. And launch options.
 
-    On an H200 (head size 128, bfloat16) tiles of 32 or 128 tokens, 2 warps or more stages are 3 to 15 % slower. Shared tiles of
-    64 rows and 32 tokens are as fast with 256 rows, and take half as long again with 32; without the limit of registers a third
-    program does not fit beside the others, which costs 10 %.
+    On an H200 (head size 128, bfloat16) tiles of 32 or 128 tokens, 2 warps or more stages are 3 to 15 % slower. Shared tiles of 64
+    heads and 32 tokens are as fast for 256 rows, and for 32 rows half as fast. Without the limit of registers a third program does
+    not fit beside the others, which costs 10 %.
     """
     rows = max(16, triton.next_power_of_2(group))
     tokens = max(16, 64 >> ((head_dim > 128) + (dtype == torch.float32) * (1 + (rows > 32))))

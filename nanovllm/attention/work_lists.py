@@ -2,14 +2,14 @@
 
 Decode is split over the KV (FlashDecoding, Dao et al. 2023; Stream-K, Osama et al., arXiv 2301.03598): all tiles of KV, laid
 end to end, are cut into equally long lists, one for each program of a grid that just fills the GPU. A list is read from device
-memory, so the grid, and a CUDA graph that holds it, does not depend on lengths. KV that several rows share is there once, for
-all of them (Hydragen, Juravsky et al., arXiv 2402.05099).
+memory, so the grid, and a CUDA graph that holds it, does not depend on lengths. KV that several rows share is laid out once for
+them (Hydragen, Juravsky et al., arXiv 2402.05099).
 """
 
 import numpy as np
 
 from nanovllm.engine.batch import INT, int32
-from nanovllm.engine.shared_prefixes import MOST_SHARED, SharedRuns
+from nanovllm.engine.shared_prefixes import MAX_PARTS_PER_ROW, SharedRuns
 
 
 def split_decodes(
@@ -20,11 +20,11 @@ def split_decodes(
     An item is a run of KV, or a part of one, for at most `few_rows` rows; or, if more share it, for at most `most_rows`.
 
     Returns:
-        bounds [num_lists + 2]: list p has the items bounds[p] … bounds[p+1]-1. The last number says how many items, the first ones,
-            are of runs that more than `few_rows` share.
-        items [n, 6]: a row of the block tables; the first of the item's pairs and how many; the tokens start … end-1 of KV;
-            whether that is all of its only row.
-        pairs [p, 2]: for each row of each item its place in the batch, and which part of all the item gives for it.
+        bounds [num_lists + 2]: list p has the items bounds[p] … bounds[p+1]-1. bounds[-1] is the number of items of runs that more
+            than `few_rows` share. They come first.
+        items [n, 6]: a row of the block tables; the first of the item's pairs and how many; the tokens start … end-1 of KV; 1 if
+            these are the whole context of one row.
+        pairs [p, 2]: for each row of each item, its place in the batch, and the index of the part that the item writes for it.
         part_starts [B + 1]: row b has the parts part_starts[b] … part_starts[b+1]-1.
 
     The shapes depend on the number of rows alone. What is left over is zero.
@@ -36,27 +36,29 @@ def split_decodes(
     own = np.ones((num_rows, 4), np.int32)
     own[:, 0], own[:, 2], own[:, 3] = np.arange(num_rows), own_starts, context_lens[order]
     firsts, counts, starts, ends = np.concatenate((tall, others, own)).T
-    bounds, of, first_tiles = _cut(-(-(ends - starts) // tile), num_lists)
-    bounds[-1] = of.searchsorted(len(tall))
-    firsts, counts, starts, ends = firsts[of], counts[of], starts[of] + first_tiles * tile, ends[of]
+    bounds, run_of, first_tiles = _cut(-(-(ends - starts) // tile), num_lists)
+    bounds[-1] = run_of.searchsorted(len(tall))
+    firsts, counts, ends = firsts[run_of], counts[run_of], ends[run_of]
+    starts = starts[run_of] + first_tiles * tile
     goes_on = first_tiles[1:].nonzero()[0]  # the items whose runs go on in the next one
     ends[goes_on] = starts[goes_on + 1]
     pair_ends = counts.cumsum()
-    num_items, num_pairs, places = len(of), int(pair_ends[-1]), order[firsts]
+    num_items, num_pairs, places = len(run_of), int(pair_ends[-1]), order[firsts]
     pair_rows = order[np.repeat(firsts + counts - pair_ends, counts) + np.arange(num_pairs)]
     by_row = pair_rows.argsort(kind="stable")
     part_starts = int32(pair_rows[by_row].searchsorted(np.arange(num_rows + 1)))
-    items = np.zeros((MOST_SHARED * num_rows + num_lists, 6), np.int32)
+    most_parts = num_rows * (MAX_PARTS_PER_ROW if most_rows > 1 else 1)
+    items = np.zeros((most_parts + num_lists, 6), np.int32)
     is_whole = part_starts[places + 1] - part_starts[places] == 1
     items[:num_items].T[:] = rows[places], pair_ends - counts, counts, starts, ends, is_whole
-    pairs = np.zeros((MOST_SHARED * num_rows + num_lists * min(most_rows, num_rows), 2), np.int32)
+    pairs = np.zeros((most_parts + num_lists * min(most_rows, num_rows), 2), np.int32)
     pairs[:num_pairs, 0] = pair_rows
     pairs[by_row, 1] = np.arange(num_pairs)
     return [bounds, items, pairs, part_starts]
 
 
 def _limit_rows(runs: INT, most_rows: int) -> INT:
-    """Cut runs [n, 4] into such of at most so many rows."""
+    """The runs [n, 4], those of more rows cut into several of at most `most_rows`."""
     if not len(runs):
         return runs
     firsts, counts, starts, ends = runs.T
@@ -73,14 +75,15 @@ def _cut(tiles: INT, num_lists: int) -> tuple[INT, INT, INT]:
     starts = ends - tiles - 1
     total = int(ends[-1])
     cuts = np.arange(0, total, -(-total // num_lists))
-    cuts -= cuts == starts[ends.searchsorted(cuts, side="right")] + 1  # before the first tile is before the run
+    # A cut between what a run takes beside its tiles and its first tile moves to the run's start.
+    cuts -= cuts == starts[ends.searchsorted(cuts, side="right")] + 1
     is_start = np.zeros(total, bool)
     is_start[starts] = is_start[cuts] = True
     piece_starts = is_start.nonzero()[0]
-    of = ends.searchsorted(piece_starts, side="right")
-    bounds = np.full(num_lists + 2, len(of), np.int32)
+    run_of = ends.searchsorted(piece_starts, side="right")
+    bounds = np.full(num_lists + 2, len(run_of), np.int32)
     bounds[: len(cuts)] = piece_starts.searchsorted(cuts)
-    return bounds, int32(of), int32(np.maximum(piece_starts - starts[of] - 1, 0))
+    return bounds, int32(run_of), int32(np.maximum(piece_starts - starts[run_of] - 1, 0))
 
 
 def split_chunks(query_lens: INT, context_lens: INT, tile: int) -> INT:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 INT = NDArray[np.int32]
 
-# Upper bounds of the int32s that a step uploads: per decode row and per token of a chunk, with their parts of the work list, per
-# new entry of a block table, and for the rest.
+# Upper bounds of the int32s that a step uploads: per decode row, with its part of the work lists; per new entry of a block table;
+# per token of a chunk, with its part; and for the rest.
 INTS_PER_ROW, INTS_PER_BLOCK, INTS_PER_TOKEN, INTS_PER_STEP = 64, 2, 16, 65536
 
 # With compiled layers chunks are padded to a multiple of so many tokens: torch.compile would compile them again for one token.

@@ -49,7 +49,7 @@ class Sequence:
     num_admitted_tokens: int = 0
     num_pending: int = 0
     num_cached_tokens: int | None = None  # prompt tokens that the prefix cache held at the first admission
-    num_shared_blocks: int = 0  # those at the head of its table that others held when it was admitted
+    num_shared_blocks: int = 0  # how many of its cached blocks others held when it was admitted
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks
     prefix_ids: list[int] = field(default_factory=list)  # of the leading blocks that the prefix cache knows

@@ -7,7 +7,7 @@ import numpy as np
 from nanovllm.engine.batch import INT, int32
 from nanovllm.engine.scheduler import Step
 
-MOST_SHARED = 4  # runs that a row lies in on average, at most, its own included: what the device has room for
+MAX_PARTS_PER_ROW = 4  # on average, its own included: what the device's arrays have room for
 
 
 class SharedRuns(NamedTuple):
@@ -29,8 +29,8 @@ class SharedPrefixes:
         self.block_tables = np.zeros((num_rows, blocks_per_row), np.int32)
         self.num_shared_blocks = np.zeros(num_rows, np.int32)  # that others held already when the row was admitted
         self.num_tokens = 0  # of KV that decode rows have attended to
-        self.num_tokens_read = 0  # of them, those that rows share counted once
-        self._found: tuple[bytes, SharedRuns] | None = None  # for these rows
+        self.num_tokens_read = 0  # the same, with what rows share counted once
+        self._found: tuple[bytes, SharedRuns] | None = None  # the rows of the last search, and its result
 
     def update(self, step: Step) -> tuple[INT, INT]:
         """Learn what is new in a step; returns the places in the block tables that change, and the blocks there."""
@@ -45,42 +45,39 @@ class SharedPrefixes:
     def find(self, rows: INT, context_lens: INT, least_tokens: int) -> SharedRuns:
         """What the rows of a decode batch share, in runs of a multiple of `least_tokens`; with 0, nothing.
 
-        It changes only when a row joins or leaves: the blocks that a running row is given are its own.
+        The result changes only when a row joins or leaves: the blocks that a running row is given are its own.
         """
         key = rows.tobytes()
         if self._found is None or self._found[0] != key:
             self._found = key, self._search(rows, least_tokens)
         shared = self._found[1]
+        counts, lens = shared.runs[:, 1], shared.runs[:, 3] - shared.runs[:, 2]
         num_tokens = int(context_lens[rows > 0].sum())  # row 0 is padding
         self.num_tokens += num_tokens
-        self.num_tokens_read += num_tokens - int(
-            ((shared.runs[:, 1] - 1) * (shared.runs[:, 3] - shared.runs[:, 2])).sum()
-        )
+        self.num_tokens_read += num_tokens - int((counts - 1) @ lens.astype(np.int64))
         return shared
 
     def _search(self, rows: INT, least_tokens: int) -> SharedRuns:
         order, common = np.arange(len(rows)), np.zeros(len(rows) - 1, np.int64)
-        num_blocks = int(
-            self.num_shared_blocks[rows].max()
-        )  # of two rows that share blocks, the later one found them there
+        # Of two rows that share blocks, the one that was admitted later found them there.
+        num_blocks = int(self.num_shared_blocks[rows].max())
         if num_blocks and least_tokens:
             tables = self.block_tables[:, :num_blocks].take(rows, axis=0)
             order = tables.view(f"V{tables.itemsize * num_blocks}").ravel().argsort(kind="stable")
             tables = tables[order]
-            is_same = (tables[1:] == tables[:-1]) & (
-                tables[1:] > 0
-            )  # 0 is padding's; the last block of a row is its own
+            # Block 0 is padding's. Every other row's last block is its own, so nothing that stands after it counts.
+            is_same = (tables[1:] == tables[:-1]) & (tables[1:] > 0)
             common = np.logical_and.accumulate(is_same, axis=1).sum(axis=1) * self.block_size
         while True:
             common = common // max(1, least_tokens) * least_tokens
             runs = int32(nested_runs(common.tolist())).reshape(-1, 4)
-            if runs[:, 1].sum() <= (MOST_SHARED - 1) * len(rows):
+            if runs[:, 1].sum() <= (MAX_PARTS_PER_ROW - 1) * len(rows):
                 return SharedRuns(int32(order), runs, int32(np.maximum(np.append(common, 0), np.append(0, common))))
             least_tokens *= 2
 
 
 def nested_runs(common: list[int]) -> list[tuple[int, int, int, int]]:
-    """The runs of rows, as in `SharedRuns`, of which each has so many tokens in common with the next.
+    """The runs of `SharedRuns`, where row i has common[i] tokens in common with row i + 1.
 
     They are a tree: a run begins where the one around it ends.
     """

@@ -13,7 +13,7 @@ def attend_to_tiles(
     BLOCK_SIZE: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Add the tokens start … end-1 to a softmax; where MASKED, those that are not after `position` [M].
+    """Add the tokens start … end-1 to a softmax. Where MASKED, those after `position` [M] are left out.
 
     With descriptors of the caches' tiles [N, D], one thread asks for a tile, and the GPU's copy engine brings it: a whole one, that
     all rows of q see. Else tiles are loaded by address, with zeros after `end`: what is left there may be NaN.
@@ -23,7 +23,7 @@ def attend_to_tiles(
     if HAS_DESCRIPTORS:
         block = tl.load(table + start // BLOCK_SIZE)
         for n0 in range(start, end, N):
-            next_block = tl.load(table + tl.minimum(n0 + N, end - 1) // BLOCK_SIZE)  # known when its tile is asked for
+            next_block = tl.load(table + tl.minimum(n0 + N, end - 1) // BLOCK_SIZE)  # loaded a tile early
             slot = block * BLOCK_SIZE + n0 % BLOCK_SIZE
             scores = tl.dot(q, tl.trans(k_cache.load([slot, h * D])))
             p, acc, row_max, row_sum = add_scores(scores, scale, acc, row_max, row_sum)
@@ -111,7 +111,7 @@ def attend_to_items(
         acc = tl.zeros([M, DP], tl.float32)
         row_max = tl.full([M], float("-inf"), tl.float32)
         row_sum = tl.zeros([M], tl.float32)
-        position = tl.full([M], 0, tl.int32) + (end - 1)
+        position = tl.full([M], end - 1, tl.int32)
         acc, row_max, row_sum = attend_to_tiles(
             q, k_cache, v_cache, table, start, end, position, h, scale, acc, row_max, row_sum,
             BLOCK_SIZE, H_KV, D, DP, N, PRECISION, True, HAS_DESCRIPTORS,
@@ -153,7 +153,7 @@ def merge_parts(
         mask = live[:, None] & (d < D)[None, :]
         part = (first_part + i).to(tl.int64) * (H_KV * G) + head
         lse = tl.load(partial_lse + part, mask=live, other=float("-inf"), cache_modifier=".cg")
-        lse = tl.where(is_last, lse, 0.0)  # -inf less -inf is NaN
+        lse = tl.where(is_last, lse, 0.0)  # in idle rows -inf less -inf would be NaN
         partial = tl.load(partial_out + part[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         new_max = tl.maximum(row_max, lse)
         shrink, weight = tl.exp2(row_max - new_max), tl.exp2(lse - new_max)

@@ -87,7 +87,7 @@ def read_model(config: Config, folder: Path) -> tuple[ModelConfig, Tensors]:
 def load_weights(model: nn.Module, tensors: Tensors, show_progress: bool) -> None:
     """Fill every parameter of `model` from the tensors of a checkpoint; errors as in `match_tensors`."""
     fills = sorted(match_tensors(model, tensors), key=lambda fill: fill[1].file)
-    with progress_bar(total=len(fills), desc="Loading weights", unit="tensor", disable=not show_progress) as bar:
+    with progress_bar(show_progress, total=len(fills), desc="Loading weights", unit="tensor") as bar:
         for file, fills_of_file in groupby(fills, key=lambda fill: fill[1].file):
             with _open(file) as opened:
                 for target, tensor in fills_of_file:
