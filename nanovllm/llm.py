@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import chain, count
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,9 @@ from nanovllm.progress import progress_bar
 from nanovllm.prompts import Params, Prompt, Prompts, check_params, check_request, parse_requests
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text import CompletionText, Detokenizer, TokenTexts, load_tokenizer
+
+if TYPE_CHECKING:
+    from nanovllm.extras.new_weights import Weights
 
 ShowProgress = bool | Callable[..., tqdm]
 Conversations = Seq[Mapping[str, Any]] | Seq[Seq[Mapping[str, Any]]]
@@ -242,6 +245,21 @@ class LLM:
         """Forget what is cached, so that no later request shares it."""
         with self._turn:
             self.engine.scheduler.block_manager.forget_all()
+
+    def load_weights(self, source: "Weights") -> None:
+        """Replace the weights, or a part of them, and empty the prefix cache. No request may run.
+
+        Args:
+            source: a folder with safetensors, or an iterable of (name in a checkpoint, tensor); of the same model.
+
+        Raises:
+            TypeError, ValueError: what does not fit. If some weights were replaced by then, no call runs until all have been.
+            RuntimeError: requests run or wait, or this LLM is closed.
+        """
+        from nanovllm.extras.new_weights import replace_weights
+
+        with self._turn:
+            replace_weights(self.engine, source)
 
     @property
     def max_model_len(self) -> int:

@@ -35,9 +35,9 @@ SIZES = {
 }
 
 
-def make_model(folder: Path, family: str, **changes: Any) -> Path:
+def make_model(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:
     """Save a random model in float32: every parameter random, biases and norms too."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = CONFIGS[family](**(SIZES | ({"head_dim": 16} if family == "qwen3" else {}) | changes))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import SHARED, greedy, make_llm
+from helpers import SHARED, greedy, make_llm, tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from parallel_models import FailsAtStart, FailsInTheMiddle
@@ -150,6 +150,16 @@ def run_all(llm: LLM) -> list:
 def assert_same(found: list, expected: list, tolerance: float) -> None:
     assert found[:-1] == expected[:-1]
     assert found[-1] == pytest.approx(expected[-1], abs=tolerance), "log-probabilities"
+
+
+def test_new_weights_reach_every_rank(tiny_model):
+    params, other = greedy(12, ignore_eos=True), tiny_model(seed=5)
+    llm = new_llm(tiny_model(), 2)
+    llm.load_weights(other)
+    assert tokens(llm, PROMPTS, params) == tokens(new_llm(other, 1), PROMPTS, params)
+    with pytest.raises(ValueError, match="source must be a folder, which each rank reads"):
+        llm.load_weights([])
+    llm.close()
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ class LLMEngine:
         self.in_flight: StepInFlight | None = None
         self.to_abort: list[int] | None = None  # at the end of the step, in the middle of one
         self.why_closed = "this LLM is closed"
+        self.why_refused = ""  # no request is taken; see extras.new_weights
         self.scheduler = self._new_scheduler()
         atexit.register(self.close)
         if self.workers is not None:
@@ -76,6 +77,8 @@ class LLMEngine:
 
     def add(self, seq: Sequence) -> None:
         self._runner()
+        if self.why_refused:
+            raise RuntimeError(self.why_refused)
         seq.arrival_time = time.time()
         self.scheduler.add(seq)
 

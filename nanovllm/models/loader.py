@@ -84,15 +84,16 @@ def read_model(config: Config, folder: Path) -> tuple[ModelConfig, Tensors]:
         return fit_config(model_config, tensors), tensors
 
 
-def load_weights(model: nn.Module, tensors: Tensors, show_progress: bool) -> None:
-    """Fill every parameter of `model` from the tensors of a checkpoint; errors as in `match_tensors`."""
-    fills = sorted(match_tensors(model, tensors), key=lambda fill: fill[1].file)
+def load_weights(model: nn.Module, tensors: Tensors, show_progress: bool, is_whole: bool = True) -> bool:
+    """Fill the parameters of `model` from the tensors of a checkpoint; whether all are filled. Errors as in `match_tensors`."""
+    fills = sorted(match_tensors(model, tensors, is_whole), key=lambda fill: fill[1].file)
     with progress_bar(show_progress, total=len(fills), desc="Loading weights", unit="tensor") as bar:
         for file, fills_of_file in groupby(fills, key=lambda fill: fill[1].file):
             with _open(file) as opened:
                 for target, tensor in fills_of_file:
                     target.fill(opened.get_slice(tensor.name))
                     bar.update()
+    return len(fills) == len(parameter_targets(model))
 
 
 def load_dummy(model: nn.Module) -> None:
@@ -123,16 +124,20 @@ class Target(NamedTuple):
         self.view.narrow(self.dim, 0, part.shape[self.dim]).copy_(part)
 
 
-def match_tensors(model: nn.Module, tensors: Tensors) -> list[tuple[Target, TensorInfo]]:
+def redundant_names(model: nn.Module) -> set[str]:
+    """The names of shared parameters (a tied head), which a checkpoint may repeat."""
+    own_names = {name for name, _ in model.named_parameters()}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - own_names
+
+
+def match_tensors(model: nn.Module, tensors: Tensors, is_whole: bool = True) -> list[tuple[Target, TensorInfo]]:
     """What each tensor of a checkpoint fills in `model`, which may be on the meta device.
 
     Raises:
-        ValueError: a tensor of another shape or no float, or names that are missing or unexpected; each with its name.
+        ValueError: a tensor of another shape or no float, or names that are missing, of a whole checkpoint, or unexpected; each
+            with its name.
     """
-    unfilled = parameter_targets(model)
-    # What a checkpoint may repeat: the names of shared parameters (a tied head), and old tables of frequencies.
-    own_names = {name for name, _ in model.named_parameters()}
-    redundant = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own_names
+    unfilled, redundant = parameter_targets(model), redundant_names(model)
     fills, unexpected = [], []
     for name, tensor in tensors.items():
         target = unfilled.pop(name, None)
@@ -141,9 +146,9 @@ def match_tensors(model: nn.Module, tensors: Tensors) -> list[tuple[Target, Tens
                 found = f"{tensor.file.name}: {tensor.name} is {tensor.dtype} {tensor.shape}"
                 raise ValueError(f"{found}, expected a float {target.shape}")
             fills.append((target, tensor))
-        elif name not in redundant and not name.endswith("rotary_emb.inv_freq"):
+        elif name not in redundant and not name.endswith("rotary_emb.inv_freq"):  # old tables of frequencies
             unexpected.append(tensor.name)
-    if unfilled or unexpected:
+    if (unfilled and is_whole) or unexpected:
         raise ValueError(
             f"the checkpoint does not fit the model: missing {_some(list(unfilled))}, unexpected {_some(unexpected)}"
         )

@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from multiprocessing.connection import Client, Connection, Listener, wait
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -260,7 +261,13 @@ def serve(connection: Connection, inbox: Inbox, store: dist.Store, rank: int, lo
             group.connect(model_store)
             runner = start_runner(config, model_config, tensors, group)
             while (message := inbox.get()) != CLOSE:
-                runner.forward(pickle.loads(message), Step())
+                work = pickle.loads(message)
+                if isinstance(work, Path):
+                    from nanovllm.extras.new_weights import fill_from_folder
+
+                    fill_from_folder(runner, work)
+                else:
+                    runner.forward(work, Step())
             runner.close()
             del runner
             group.close()
