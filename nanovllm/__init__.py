@@ -3,8 +3,8 @@
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Increment, Logprob, RequestOutput
 from nanovllm.prompts import TextPrompt, TokensPrompt
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 __all__ = ["LLM", "CompletionOutput", "Increment", "Logprob", "RequestOutput", "SamplingParams"]
-__all__ += ["TextPrompt", "TokensPrompt"]
+__all__ += ["StructuredOutputsParams", "TextPrompt", "TokensPrompt"]
 __version__ = "0.1.0"

@@ -9,8 +9,8 @@ from nanovllm.checks import check_fields, check_float, check_int, check_list, ch
 LogitsProcessor = Callable[..., Any]
 
 
-def check_text(name: str, value: Any) -> str:
-    if not check_type(name, value, str):
+def check_text(name: str, value: Any, also: str = "") -> str:
+    if not check_type(name, value, str, also):
         raise ValueError(f"{name} must be a non-empty text, got {value!r}")
     return value
 
@@ -21,6 +21,33 @@ def check_biases(name: str, value: Any, also: str = "") -> dict[int, float]:
         check_int(f"{name}, its token ids,", token_id, 0): check_float(f"{name}[{token_id}]", bias, -100.0, 100.0)
         for token_id, bias in value.items()
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputsParams:
+    """The form of a completion: exactly one of these, by vLLM's names.
+
+    Args:
+        json: a JSON schema, or its text.
+        regex: a regular expression, which the whole completion matches.
+        choice: texts, of which the completion is one.
+        grammar: a grammar in llguidance's dialect of Lark.
+        json_object: True: a JSON object of any kind.
+    """
+
+    json: Annotated[str | Mapping[str, Any] | None, check_type, str | Mapping] = None
+    regex: Annotated[str | None, check_text] = None
+    choice: Annotated[Sequence[str] | None, check_list, check_text] = None
+    grammar: Annotated[str | None, check_text] = None
+    json_object: Annotated[bool | None, check_type, bool] = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        forms = self.json, self.regex, self.choice or None, self.grammar, self.json_object or None
+        if sum(form is not None for form in forms) != 1:
+            raise ValueError(
+                f"structured_outputs must have one of json, regex, choice, grammar and json_object, got {self}"
+            )
 
 
 @dataclass(slots=True)
@@ -62,6 +89,8 @@ class SamplingParams:
         logits_processors: functions of (token ids of the completion so far, logits float32 [vocabulary] of the next one),
             or of (prompt's token ids, completion's, logits), that return the logits to draw from, in this order.
         bad_words: texts that the completion does not contain, nor their like after a space.
+        structured_outputs: the completion has this form if it ends by itself, and begins so if it ends by length. It ends where its
+            form allows nothing more, whatever `ignore_eos` and `min_tokens` say; with `ignore_eos` it ends nowhere else.
 
     Raises:
         TypeError, ValueError: on a value outside of what is said above.
@@ -92,6 +121,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     logits_processors: Annotated[Sequence[LogitsProcessor] | None, check_list, check_type, Callable] = None
     bad_words: Annotated[Sequence[str] | None, check_list, check_text] = None
+    structured_outputs: Annotated[StructuredOutputsParams | None, check_type, StructuredOutputsParams] = None
 
     def __post_init__(self) -> None:
         self.temperature = 1.0 if self.temperature is None else self.temperature

@@ -347,12 +347,6 @@ def constrained():
     return load_example("constrained_json")
 
 
-@pytest.fixture(scope="module")
-def llm(demo_model):
-    with LLM(demo_model, device="cpu", dtype="float32", max_model_len=512, use_tqdm=False) as llm:
-        yield llm
-
-
 def test_every_answer_of_a_batch_keeps_to_its_own_schema(constrained, demo_model, capsys):
     texts = constrained.main(["--model", str(demo_model)])
     paris, ada, fruits = answers = [json.loads(text) for text in texts]
@@ -364,32 +358,6 @@ def test_every_answer_of_a_batch_keeps_to_its_own_schema(constrained, demo_model
     assert all(re.fullmatch("[a-z]{2,15}", fruit) for fruit in fruits)
     printed = capsys.readouterr().out
     assert all(f"\n{answer}\n" in printed for answer in answers)
-
-
-def test_random_completions_of_one_request_may_share_a_constraint(constrained, llm):
-    grammar = constrained.LLMatcher.grammar_from_regex("(19|20)[0-9]{2}, (spring|summer|autumn|winter)")
-    (output,) = constrained.ask(llm, [("When was it?", grammar)], n=4, temperature=2.0, seed=0, max_tokens=24)
-    texts = {completion.text for completion in output.outputs}
-    assert len(texts) > 1
-    assert all(re.fullmatch("(19|20)[0-9]{2}, (spring|summer|autumn|winter)", text) for text in texts)
-    assert {completion.finish_reason for completion in output.outputs} == {"stop"}
-
-
-def test_a_constraint_depends_on_nothing_but_the_answer_so_far(constrained, llm):
-    """Else parameters that are used again would continue the answer of before."""
-    tokenizer = constrained.from_tokenizer(llm.get_tokenizer(), n_vocab=49200)
-    grammar = constrained.LLMatcher.grammar_from_regex("ab|cd")
-    used = constrained.Constraint(tokenizer, grammar)
-    a, b, c = (llm.get_tokenizer().encode(text)[0] for text in "abc")
-    for answer in [], [a], [a, b], [a], [c], []:
-        logits = used(answer, torch.zeros(49200))
-        assert torch.equal(logits, constrained.Constraint(tokenizer, grammar)(answer, torch.zeros(49200)))
-        assert logits[49152:].max() == -torch.inf, "no token has these ids"
-
-
-def test_a_grammar_that_is_none_is_refused(constrained, llm):
-    with pytest.raises(ValueError, match="unclosed group"):
-        constrained.ask(llm, [("?", constrained.LLMatcher.grammar_from_regex("a("))])
 
 
 # lm_eval_harness

@@ -18,7 +18,7 @@ import itertools, json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nanovllm.attention.triton import decode_tiles, prompt_tiles
+from nanovllm.attention.triton import decode_tiles, descriptors_pay, prompt_tiles
 from nanovllm.parallel.all_reduce import all_reduce_kernel
 from nanovllm.kernels.gumbel import gumbel_max_kernel, unpack_kernel
 from nanovllm.extras.logprobs_kernel import norm_and_rank_kernel
@@ -42,10 +42,8 @@ def memory(kernel, capability, types, constants, **options):
 
 def attention_memory(is_decode, capability, head_dim, group, dtype):
     data_type, kernel = getattr(torch, dtype), decode_attention_kernel if is_decode else prompt_attention_kernel
-    if is_decode:
-        tiles = decode_tiles(head_dim, group, data_type)
-    else:
-        tiles = prompt_tiles(head_dim, group, data_type, 64, capability)
+    has_descriptors = descriptors_pay(head_dim, data_type, 64, capability)
+    tiles = (decode_tiles if is_decode else prompt_tiles)(head_dim, group, data_type, has_descriptors)
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if tiles.get(name)}
     constants = {
         "BLOCK_SIZE": 64, "H_KV": 8, "G": group, "D": head_dim, "DP": triton.next_power_of_2(head_dim),
@@ -53,7 +51,7 @@ def attention_memory(is_decode, capability, head_dim, group, dtype):
     }
     types = dict.fromkeys(("q_ptr", "k_cache", "v_cache", "out_ptr"), "*" + TYPES[dtype])
     types |= {"partial_out": "*fp32", "partial_lse": "*fp32", "scale": "fp32", "q_stride": "i32", "table_stride": "i32"}
-    if tiles.get("HAS_DESCRIPTORS"):
+    if has_descriptors:
         types |= dict.fromkeys(("k_tiles", "v_tiles"), f"tensordesc<{TYPES[dtype]}[{tiles['N']}, {head_dim}]>")
     else:
         constants |= {"k_tiles": None, "v_tiles": None}

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy
 import pytest
 
-from nanovllm import SamplingParams
+from nanovllm import SamplingParams, StructuredOutputsParams
 
 NAN, INF = float("nan"), float("inf")
 
@@ -49,6 +49,7 @@ PARAMETERS = {
     "spaces_between_special_tokens": (True, [False], [0, "yes", None]),
     "logits_processors": (None, [[], [max], (min, max)], [max, "max", [max, 1], [None]]),
     "bad_words": (None, [[], ["a", "b c"], ("x",)], ["a", 5, {"a"}, [""], ["a", 1], [None]]),
+    "structured_outputs": (None, [StructuredOutputsParams(regex="a")], ["a", 5]),
 }
 ALLOWED = [(name, value) for name, (default, more, _) in PARAMETERS.items() for value in (default, *more)]
 REFUSED = [(name, value) for name, (_, _, wrong) in PARAMETERS.items() for value in wrong]

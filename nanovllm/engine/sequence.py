@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from nanovllm.outputs import FinishReason, Logprob, LogprobRow, candidates
 from nanovllm.sampling_params import LogitsProcessor, SamplingParams
 from nanovllm.text import CompletionText, Detokenizer
 
+NO_GRAMMAR = "its structured outputs have a character that no token of the vocabulary begins, or are too complex"
 NOT_DRAWN = "no token can be drawn from its logits, of which one is NaN or all are -inf"
 
 
@@ -39,6 +41,7 @@ class Sequence:
     prompt: str | None = None
     completion_text: CompletionText | None = None  # unless nobody asks for text
     prompt_detokenizer: Detokenizer | None = None  # the texts of its tokens, for their log-probabilities
+    grammar: Any = None  # what its structured outputs may still become, as llguidance's matcher
 
     num_prompt_tokens: int = field(init=False)
     needs_extras: bool = field(init=False)  # logit rules, truncation or log-probabilities
@@ -77,7 +80,8 @@ class Sequence:
         """Whether the logits of the next token are changed before temperature."""
         p = self.params
         is_early = self.num_completion_tokens < p.min_tokens
-        return bool(p.is_penalized or p.logit_bias or p.allowed_token_ids or self.processors or is_early)
+        is_bound = p.allowed_token_ids or self.processors or self.grammar is not None
+        return bool(p.is_penalized or p.logit_bias or is_bound or is_early)
 
     @property
     def num_tokens(self) -> int:
@@ -149,6 +153,11 @@ class Sequence:
             stop = self.completion_text.append(token_id, may_stop and reason is None)
             if stop is not None:
                 reason, stop_reason = "stop", stop
+        if reason is None and self.grammar is not None:
+            if not self.grammar.consume_token(token_id):
+                reason, stop_reason = "abort", NO_GRAMMAR
+            elif self.grammar.is_stopped():
+                reason = "stop"  # nothing more is allowed
         if reason is None and num_tokens >= self.max_tokens:
             reason = "length"
         if reason is not None:

@@ -1,4 +1,4 @@
-"""What requests change about their logits before temperature: penalties, then bias and bans, then processors."""
+"""What requests change about their logits before temperature: penalties, then bias and bans, processors, and grammars."""
 
 from collections.abc import Callable
 
@@ -27,6 +27,10 @@ def apply_rules(logits: Tensor, sequences: Indexed, to_device: ToDevice) -> Tens
                 shape = list(logits[i].shape)
                 raise TypeError(f"logits_processors: {processor!r} must return logits {shape}, got {row!r}")
             logits[i] = row
+    if with_grammars := [(i, seq) for i, seq in sequences if seq.grammar is not None]:
+        from nanovllm.extras.structured_outputs import mask_logits
+
+        mask_logits(logits, with_grammars, to_device)
     return logits
 
 
