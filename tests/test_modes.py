@@ -119,14 +119,18 @@ def test_identical_prompts_in_one_step_share_their_blocks(tiny_model, expected, 
     assert [o.num_cached_tokens for o in outputs] == [0, 48, 48, 48]  # of 62, in blocks of 16
 
 
-@pytest.mark.parametrize(
-    "pool", [{}, {"num_kvcache_blocks": 48, "max_model_len": 128}], ids=["", "a pool that preempts"]
-)
+POOL = {"num_kvcache_blocks": 36, "max_model_len": 96}
+
+
+@pytest.mark.parametrize("pool", [{}, pytest.param(POOL, marks=pytest.mark.gpu)], ids=["", "a pool that preempts"])
 def test_rows_that_share_prefixes_read_them_once(pool, tiny_model, device):
     """Two levels of prefixes, samples of one prompt, and prompts that share nothing: the tokens are those of each alone."""
     pytest.importorskip("triton", reason="needs triton")
-    prompts = [SHARED + SHARED[:24] + SHARED[i % 2 : 32] + [i] * (1 + i) for i in range(6)] + [[7] * 70, PROMPTS[2]]
-    params = [SamplingParams(max_tokens=7 + i % 3, seed=i, ignore_eos=True, n=1 + 2 * (i == 0)) for i in range(8)]
+    prompts = [SHARED + SHARED[i % 2 : 32] + [i] * (1 + i) for i in range(4)] + [[7] * 30, PROMPTS[2]]
+    params = [
+        SamplingParams(max_tokens=(5 if pool else 3) + i % 3, seed=i, ignore_eos=True, n=1 + 2 * (i == 0))
+        for i in range(6)
+    ]
     llm = make_llm(tiny_model(), device=device, attention_backend="triton", kvcache_block_size=4, **pool)
     alone = make_llm(tiny_model(), device=device, enable_prefix_caching=False)
     expected = [completions(alone, [prompt], [p])[0] for prompt, p in zip(prompts, params)]

@@ -38,7 +38,7 @@ texts = st.text(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(choice=st.lists(texts, min_size=1, max_size=5), seed=st.integers(0, 9))
 def test_choices(llm, choice, seed):
     assume(
@@ -57,7 +57,7 @@ def test_a_character_that_no_token_begins_aborts(llm):
 pieces = st.sampled_from(["[a-c]{2}", "x+", "(yes|no)", "[0-9]{1,3}", "é?", "\\\\."])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(pattern=st.lists(pieces, min_size=1, max_size=4).map("".join), seed=st.integers(0, 9))
 def test_regular_expressions(llm, pattern, seed):
     for completion in complete(llm, {"regex": pattern}, seed=seed):
@@ -87,7 +87,7 @@ schemas = st.dictionaries(st.text("abc", min_size=1, max_size=3), values, min_si
 KINDS = {"integer": int, "boolean": bool, "string": str, "null": type(None)}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(schema=schemas, as_text=st.booleans(), seed=st.integers(0, 9))
 def test_json_schemas(llm, schema, as_text, seed):
     for completion in complete(llm, {"json": json.dumps(schema) if as_text else schema}, seed=seed, max_tokens=80):

@@ -2,7 +2,7 @@
 
 import pickle
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -31,12 +31,16 @@ def replace_weights(engine: LLMEngine, source: Weights) -> None:
     if engine.scheduler.has_unfinished:
         raise RuntimeError("load_weights() must wait until no request runs or waits")
     runner = engine.runner
+    on_all_ranks: AbstractContextManager[None] = nullcontext()
     runner.synchronize()
     if isinstance(source, str | PathLike):
         folder = Path(source).absolute()
         with plain_weights(runner):
             match_tensors(runner.model, read_headers(folder), is_whole=False)
-        fill = partial(fill_on_all_ranks, engine, runner, folder)
+        fill = partial(fill_from_folder, runner, folder)
+        on_all_ranks = (
+            engine.workers.all_ranks(pickle.dumps(folder), is_step=False) if engine.workers else nullcontext()
+        )
     elif not isinstance(source, Iterable):
         raise TypeError(f"source must be a folder or an iterable of (name, tensor), got {source!r}")
     elif engine.workers is not None:
@@ -45,14 +49,9 @@ def replace_weights(engine: LLMEngine, source: Weights) -> None:
         fill = partial(fill_from_tensors, runner, source)
     before, engine.why_refused = engine.why_refused, "its weights are incomplete: load_weights() must load all of them"
     engine.scheduler.block_manager.forget_all()
-    is_whole = fill()
+    with on_all_ranks:
+        is_whole = fill()
     engine.why_refused = "" if is_whole else before
-
-
-def fill_on_all_ranks(engine: LLMEngine, runner: ModelRunner, folder: Path) -> bool:
-    workers = engine.workers
-    with workers.all_ranks(pickle.dumps(folder), is_step=False) if workers else nullcontext():
-        return fill_from_folder(runner, folder)
 
 
 def fill_from_folder(runner: ModelRunner, folder: Path) -> bool:
