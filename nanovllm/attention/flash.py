@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanovllm.attention.triton import TritonAttention
 from nanovllm.config import ModelConfig
-from nanovllm.engine.batch import INT, Batch, PackedBatch
+from nanovllm.engine.batch import INT, Batch, PackedBatch, int32
 from nanovllm.engine.shared_prefixes import SharedRuns
 from nanovllm.kernels import MAX_HEAD_DIM
 
@@ -69,7 +69,7 @@ class FlashAttention(TritonAttention):
         """For chunks, where each begins in the queries and in the keys, and where the last one ends."""
         if batch.is_decode:
             return super().plan(batch, shared)
-        return [np.append(0, lens.cumsum()).astype(np.int32) for lens in (batch.query_lens, batch.context_lens)]
+        return [int32(np.append(0, lens.cumsum())) for lens in (batch.query_lens, batch.context_lens)]
 
     def prepare(self, batch: Batch) -> Any:
         if batch.is_decode:

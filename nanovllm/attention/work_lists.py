@@ -62,10 +62,16 @@ def _limit_rows(runs: INT, most_rows: int) -> INT:
     if not len(runs):
         return runs
     firsts, counts, starts, ends = runs.T
-    num_pieces = -(-counts // most_rows)
-    of = np.repeat(np.arange(len(runs)), num_pieces)
-    offsets = (np.arange(len(of)) - (num_pieces.cumsum() - num_pieces)[of]) * most_rows
-    return np.stack((firsts[of] + offsets, np.minimum(most_rows, counts[of] - offsets), starts[of], ends[of]), axis=1)
+    of, offsets, sizes = _pieces(counts, most_rows)
+    return np.stack((firsts[of] + offsets, sizes, starts[of], ends[of]), axis=1)
+
+
+def _pieces(lens: INT, most: int) -> tuple[INT, INT, INT]:
+    """Cut lengths into pieces of at most `most`: for each piece the length it is of, where it begins there, and its size."""
+    num_pieces = -(-lens // most)
+    of = np.repeat(np.arange(len(lens)), num_pieces)
+    offsets = (np.arange(len(of)) - (num_pieces.cumsum() - num_pieces)[of]) * most
+    return int32(of), int32(offsets), int32(np.minimum(most, lens[of] - offsets))
 
 
 def _cut(tiles: INT, num_lists: int) -> tuple[INT, INT, INT]:
@@ -89,11 +95,8 @@ def _cut(tiles: INT, num_lists: int) -> tuple[INT, INT, INT]:
 def split_chunks(query_lens: INT, context_lens: INT, tile: int) -> INT:
     """Cut the tokens of chunks into tiles, those with the most KV first: items [n, 4], each the place of a sequence in the
     batch, the first of its tokens in the batch and how many, and the position of that first one."""
-    num_tiles = -(-query_lens // tile)
-    sequences = np.repeat(np.arange(len(query_lens)), num_tiles)
-    offsets = (np.arange(len(sequences)) - (num_tiles.cumsum() - num_tiles)[sequences]) * tile
+    sequences, offsets, counts = _pieces(query_lens, tile)
     tokens = (query_lens.cumsum() - query_lens)[sequences] + offsets
-    counts = np.minimum(tile, query_lens[sequences] - offsets)
     positions = (context_lens - query_lens)[sequences] + offsets
     items = np.stack((sequences, tokens, counts, positions), axis=1).astype(np.int32)
     return items[np.argsort(-positions, kind="stable")]

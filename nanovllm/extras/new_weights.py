@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.layers.linear import Linear
-from nanovllm.models.loader import load_weights, match_tensors, parameter_targets, read_headers, redundant_names
+from nanovllm.models.loader import (
+    Tensors,
+    load_weights,
+    match_tensors,
+    parameter_targets,
+    read_headers,
+    redundant_names,
+)
 
 Weights = str | PathLike[str] | Iterable[tuple[str, Tensor]]
 
@@ -32,12 +39,12 @@ def replace_weights(engine: LLMEngine, source: Weights) -> None:
         raise RuntimeError("load_weights() must wait until no request runs or waits")
     runner = engine.runner
     on_all_ranks: AbstractContextManager[None] = nullcontext()
+    tensors: Tensors = {}
     runner.synchronize()
     if isinstance(source, str | PathLike):
         folder = Path(source).absolute()
-        with plain_weights(runner):
-            match_tensors(runner.model, read_headers(folder), is_whole=False)
-        fill = partial(fill_from_folder, runner, folder)
+        tensors = read_headers(folder)
+        fill = partial(fill_from_files, runner, tensors)
         on_all_ranks = (
             engine.workers.all_ranks(pickle.dumps(folder), is_step=False) if engine.workers else nullcontext()
         )
@@ -47,22 +54,33 @@ def replace_weights(engine: LLMEngine, source: Weights) -> None:
         raise ValueError(f"source must be a folder, which each rank reads, with several ranks, got {source!r:.200}")
     else:
         fill = partial(fill_from_tensors, runner, source)
-    before, engine.why_refused = engine.why_refused, "its weights are incomplete: load_weights() must load all of them"
-    engine.scheduler.block_manager.forget_all()
-    with on_all_ranks:
-        is_whole = fill()
+    with plain_weights(runner):
+        match_tensors(runner.model, tensors, is_whole=False)  # before anything is replaced, on any rank
+        before, engine.why_refused = (
+            engine.why_refused,
+            "its weights are incomplete: load_weights() must load all of them",
+        )
+        engine.scheduler.block_manager.forget_all()
+        with on_all_ranks:
+            is_whole = fill()
     engine.why_refused = "" if is_whole else before
 
 
-def fill_from_folder(runner: ModelRunner, folder: Path) -> bool:
-    """Fill this rank's model; whether that was all of it."""
+def fill_from_folder(runner: ModelRunner, folder: Path) -> None:
+    """What the ranks above 0 do."""
     with plain_weights(runner):
-        return load_weights(runner.model, read_headers(folder), show_progress=False, is_whole=False)
+        fill_from_files(runner, read_headers(folder))
+
+
+def fill_from_files(runner: ModelRunner, tensors: Tensors) -> bool:
+    """Fill this rank's model; whether that was all of it."""
+    num_filled = load_weights(runner.model, tensors, show_progress=False, is_whole=False)
+    return num_filled == len(parameter_targets(runner.model))
 
 
 def fill_from_tensors(runner: ModelRunner, tensors: Iterable[tuple[str, Tensor]]) -> bool:
     """Fill the model with each tensor as it comes; whether they were all of it."""
-    with plain_weights(runner), torch.no_grad():
+    with torch.no_grad():
         targets = parameter_targets(runner.model)
         unfilled, redundant = set(targets), redundant_names(runner.model)
         for full_name, tensor in tensors:

@@ -84,8 +84,8 @@ def read_model(config: Config, folder: Path) -> tuple[ModelConfig, Tensors]:
         return fit_config(model_config, tensors), tensors
 
 
-def load_weights(model: nn.Module, tensors: Tensors, show_progress: bool, is_whole: bool = True) -> bool:
-    """Fill the parameters of `model` from the tensors of a checkpoint; whether all are filled. Errors as in `match_tensors`."""
+def load_weights(model: nn.Module, tensors: Tensors, show_progress: bool, is_whole: bool = True) -> int:
+    """Fill the parameters of `model` from the tensors of a checkpoint; returns how many tensors. Errors as in `match_tensors`."""
     fills = sorted(match_tensors(model, tensors, is_whole), key=lambda fill: fill[1].file)
     with progress_bar(show_progress, total=len(fills), desc="Loading weights", unit="tensor") as bar:
         for file, fills_of_file in groupby(fills, key=lambda fill: fill[1].file):
@@ -93,7 +93,7 @@ def load_weights(model: nn.Module, tensors: Tensors, show_progress: bool, is_who
                 for target, tensor in fills_of_file:
                     target.fill(opened.get_slice(tensor.name))
                     bar.update()
-    return len(fills) == len(parameter_targets(model))
+    return len(fills)
 
 
 def load_dummy(model: nn.Module) -> None:
