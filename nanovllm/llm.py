@@ -304,25 +304,25 @@ class LLM:
         texts = [request.text for request in parsed if request.token_ids is None]
         tokenized = iter(self.tokenizer(texts, verbose=False)["input_ids"] if texts else [])
         vocab_size, max_len = self.engine.model_config.vocab_size, self.engine.max_model_len
-        matchers: dict[int, Any] = {}  # of structured outputs, by the parameters that ask for them
+        grammars: dict[int, Any] = {}  # of structured outputs, by the parameters that ask for them
         requests = []
         for name, text, token_ids, params in parsed:
             token_ids = array("i", next(tokenized)) if token_ids is None else token_ids
             check_request(name, token_ids, vocab_size, max_len)
-            if id(params) not in matchers:  # one object may serve all prompts
+            if id(params) not in grammars:  # one object may serve all prompts
                 check_params(name, params, vocab_size, self._eos_token_ids)
-                matchers[id(params)] = None
+                grammars[id(params)] = None
                 if params.bad_words or params.structured_outputs:
                     from nanovllm.extras.text_rules import read_texts
 
-                    matchers[id(params)] = read_texts(params, self.tokenizer, vocab_size, self._eos_token_ids)
+                    grammars[id(params)] = read_texts(params, self.tokenizer, vocab_size, self._eos_token_ids)
             if params.stop:
                 self.get_tokenizer()  # there must be one
-            requests.append(self._make_samples(text, token_ids, params, matchers[id(params)]))
+            requests.append(self._make_samples(text, token_ids, params, grammars[id(params)]))
         return requests
 
     def _make_samples(
-        self, prompt: str | None, token_ids: "array[int]", params: SamplingParams, matcher: Any
+        self, prompt: str | None, token_ids: "array[int]", params: SamplingParams, grammar: Any
     ) -> list[Sequence]:
         """The `n` sequences of a request."""
         others = replace(params, prompt_logprobs=None) if params.n > 1 else params
@@ -341,7 +341,7 @@ class LLM:
                 max_tokens=min(params.max_tokens or room, room),
                 eos_token_ids=self._eos_token_ids,
                 prompt=prompt,
-                grammar=matcher and matcher.deep_copy(),
+                grammar=grammar and grammar.copy(),
             )
             if token_texts is not None:
                 seq.completion_text = CompletionText(token_texts, token_ids, params)

@@ -184,6 +184,10 @@ class LLMEngine:
         results = in_flight.wait()
         if self.workers is not None:
             self.workers.check()
+        if in_flight.has_grammars:
+            from nanovllm.extras.structured_outputs import take_tokens
+
+            take_tokens([chunk.seq for chunk in in_flight.step.sampled], results[0])
         self.scheduler.commit(in_flight.step, *results)
         return in_flight.step
 

@@ -45,6 +45,7 @@ class StepInFlight:
     token_ids: Tensor = NO_TOKENS  # [S]
     logprobs: Logprobs = ()  # of the sequences that ask for them
     copied: torch.cuda.Event | None = None  # reached when all are on the CPU
+    has_grammars: bool = False  # some of its sequences have one, which is to learn their tokens
 
     def wait(self) -> tuple[list[int | None], list[LogprobRow], list[LogprobRow]]:
         """Wait for the results: a token for each sampled sequence, None if none can be drawn; the log-probabilities of those
@@ -192,6 +193,7 @@ class ModelRunner:
                 from nanovllm.extras.logit_rules import apply_rules
 
                 logits = apply_rules(raw_logits, with_rules, self._to_device)
+                launched.has_grammars = any(seq.grammar is not None for _, seq in with_rules)
             batch = SamplingBatch(
                 self.tables.sampling,
                 launched.rows,

@@ -41,7 +41,7 @@ class Sequence:
     prompt: str | None = None
     completion_text: CompletionText | None = None  # unless nobody asks for text
     prompt_detokenizer: Detokenizer | None = None  # the texts of its tokens, for their log-probabilities
-    grammar: Any = None  # what its structured outputs may still become, as llguidance's matcher
+    grammar: Any = None  # what its structured outputs may still become, see extras.structured_outputs
 
     num_prompt_tokens: int = field(init=False)
     needs_extras: bool = field(init=False)  # logit rules, truncation or log-probabilities
@@ -154,10 +154,10 @@ class Sequence:
             if stop is not None:
                 reason, stop_reason = "stop", stop
         if reason is None and self.grammar is not None:
-            if not self.grammar.consume_token(token_id):
+            if not self.grammar.is_valid:
                 reason, stop_reason = "abort", NO_GRAMMAR
-            elif self.grammar.is_stopped():
-                reason = "stop"  # nothing more is allowed
+            elif self.grammar.is_complete:
+                reason = "stop"
         if reason is None and num_tokens >= self.max_tokens:
             reason = "length"
         if reason is not None:

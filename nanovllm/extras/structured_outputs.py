@@ -1,13 +1,16 @@
 """Structured outputs: completions that keep to a grammar, by llguidance, which says after each token what may follow."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
+from threading import Semaphore
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -17,11 +20,34 @@ from nanovllm.sampling_params import StructuredOutputsParams
 # As models like them: where spaces are free, some write spaces for ever.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+NUM_THREADS = 8  # waking more takes longer than what they do
 
-def new_matcher(
+
+class Grammar:
+    """What a completion may still become, and which tokens may come next."""
+
+    def __init__(self, matcher: Any, vocab_size: int):
+        self.matcher = matcher  # llguidance's, which other threads use while masks are computed
+        self.vocab_size = vocab_size
+        self.is_valid = True  # it went along with the last token
+        self.is_complete = False  # nothing may follow
+        self.masks: Masks | None = None  # those of several grammars, once they are asked for
+        self.index = 0  # of this one's among them
+
+    def copy(self) -> "Grammar":
+        return Grammar(self.matcher.deep_copy(), self.vocab_size)
+
+    def take(self, token_id: int) -> None:
+        """Take the next token of the completion."""
+        self.masks = None
+        self.is_valid = self.matcher.consume_token(token_id)
+        self.is_complete = self.matcher.is_stopped()
+
+
+def new_grammar(
     params: StructuredOutputsParams, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: frozenset[int]
-) -> Any:
-    """llguidance's matcher, of which each completion takes a copy.
+) -> Grammar:
+    """What the parameters ask for; each completion takes a copy.
 
     Raises:
         ValueError: llguidance is not installed, or refuses the grammar.
@@ -47,7 +73,7 @@ def new_matcher(
         raise ValueError(f"structured_outputs has {params}: {error}") from error
     if matcher.is_error():
         raise ValueError(f"structured_outputs has {params}: {matcher.get_error()}")
-    return matcher
+    return Grammar(matcher, vocab_size)
 
 
 @lru_cache(maxsize=256)  # some take milliseconds
@@ -64,30 +90,83 @@ def guidance_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_
     return from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=sorted(eos_token_ids) or None)
 
 
+class Masks:
+    """Which tokens may come next by each of some grammars, on their way: threads compute them while Python goes on."""
+
+    def __init__(self, grammars: list[Grammar]):
+        num_words = max((-(-grammar.vocab_size // 32) for grammar in grammars), default=0)
+        # Sent to a GPU without waiting: PyTorch gives pinned memory out again only when the copy from it is done.
+        pin_memory = torch.cuda.is_initialized()
+        self.words = torch.empty(len(grammars), num_words, dtype=torch.int32, pin_memory=pin_memory)
+        indexed = [(grammar.matcher, i) for i, grammar in enumerate(grammars)]
+        begun = Semaphore(0)
+
+        def compute(executor: Any, part: list[tuple[Any, int]]) -> None:
+            begun.release()  # the next call lets go of Python's lock, for which a thread that begins later would wait long
+            executor.unsafe_compute_mask_ptr(part, self.words.data_ptr(), num_words * 4, len(indexed))
+
+        pool, executors = threads()
+        parts = [indexed[i :: len(executors)] for i in range(min(len(executors), len(indexed)))]
+        self._computed = [pool.submit(compute, *work) for work in zip(executors, parts, strict=False)]
+        for _ in parts:
+            begun.acquire()
+        for i, grammar in enumerate(grammars):
+            grammar.masks, grammar.index = self, i
+
+    def wait(self) -> Tensor:
+        """int32 [grammars, vocabulary / 32], of whose bits, the lowest first, those of allowed tokens are 1."""
+        for computed in self._computed:
+            computed.result()
+        return self.words
+
+
 @cache
-def executor() -> Any:
+def threads() -> tuple[ThreadPoolExecutor, list[Any]]:
+    """Threads, and an executor of one more for each: llguidance's own division of the work takes longer than most masks."""
     from llguidance import LLExecutor
 
-    return LLExecutor()
+    os.register_at_fork(after_in_child=threads.cache_clear)  # a fork does not copy them
+    num_threads = min(NUM_THREADS, os.cpu_count() or 1)
+    return ThreadPoolExecutor(num_threads, "masks"), [LLExecutor(num_threads=1) for _ in range(num_threads)]
+
+
+def take_tokens(sequences: Iterable[Sequence], token_ids: Iterable[int | None]) -> None:
+    """Give the grammars of these sequences their tokens, and begin with the masks of those that go on."""
+    grammars = []
+    for seq, token_id in zip(sequences, token_ids, strict=True):
+        if seq.grammar is not None and token_id is not None and not seq.is_finished:
+            seq.grammar.take(token_id)
+            grammars.append(seq.grammar)
+    Masks([grammar for grammar in grammars if grammar.is_valid and not grammar.is_complete])
 
 
 def mask_logits(
     logits: Tensor, sequences: list[tuple[int, Sequence]], to_device: Callable[[ArrayLike], Tensor]
 ) -> None:
-    """Set the logits of tokens that the sequences' grammars do not allow to -inf, in place. All masks are made in parallel."""
-    num_words = -(-logits.shape[1] // 32)
-    masks = np.zeros((len(sequences), num_words), np.uint32)
-    matchers = [(seq.grammar, k) for k, (_, seq) in enumerate(sequences)]
-    executor().unsafe_compute_mask_ptr(matchers, masks.ctypes.data, num_words * 4, len(sequences))
-    for mask, (_, seq) in zip(masks, sequences, strict=True):
-        if seq.params.ignore_eos:
-            with_end = mask.copy()
-            for token_id in seq.eos_token_ids:
-                mask[token_id // 32] &= ~np.uint32(1 << token_id % 32)
-            if not mask.any():  # it can only end
-                mask[:] = with_end
-    words = to_device(masks.view(np.int32)).unsqueeze(2)
-    is_banned = (words >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1 == 0
-    rows = to_device([i for i, _ in sequences])
-    masked = logits.index_select(0, rows).masked_fill_(is_banned.flatten(1)[:, : logits.shape[1]], -torch.inf)
-    logits.index_copy_(0, rows, masked)
+    """Set the logits of tokens that the sequences' grammars do not allow to -inf, in place."""
+    if new := [seq.grammar for _, seq in sequences if seq.grammar.masks is None]:
+        Masks(new)
+    bits = (1 << torch.arange(8, device=logits.device)).byte()
+    for masks in {seq.grammar.masks: None for _, seq in sequences}:
+        words, members = masks.wait(), [(i, seq) for i, seq in sequences if seq.grammar.masks is masks]
+        for _, seq in members:
+            if seq.params.ignore_eos:
+                _ban_end(words[seq.grammar.index].numpy().view(np.uint32), seq.eos_token_ids)
+        rows, indices = (
+            to_device(numbers) for numbers in zip(*((i, seq.grammar.index) for i, seq in members), strict=True)
+        )
+        words = words.to(logits.device, non_blocking=True).index_select(0, indices)
+        is_banned = (words.view(torch.uint8).unsqueeze(2) & bits == 0).flatten(1)[:, : logits.shape[1]]
+        if len(members) == len(logits):
+            logits.masked_fill_(is_banned, -torch.inf)
+        else:
+            logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(is_banned, -torch.inf))
+
+
+def _ban_end(mask: NDArray[np.uint32], eos_token_ids: frozenset[int]) -> None:
+    """Unless the completion can only end."""
+    with_end = mask.copy()
+    for token_id in eos_token_ids:
+        mask[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+    if not mask.any():
+        mask[:] = with_end

@@ -12,15 +12,15 @@ from nanovllm.sampling_params import LogitsProcessor, SamplingParams
 def read_texts(
     params: SamplingParams, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: frozenset[int]
 ) -> Any:
-    """Make a logits processor of the bad words, among those of `params`; returns the matcher of the structured outputs, or None.
+    """Make a logits processor of the bad words, among those of `params`; returns the grammar of the structured outputs, or None.
     ValueError where they cannot be honoured."""
     if params.bad_words:
         params.logits_processors = (*(params.logits_processors or ()), ban_words(params.bad_words, tokenizer))
     if params.structured_outputs is None:
         return None
-    from nanovllm.extras.structured_outputs import new_matcher
+    from nanovllm.extras.structured_outputs import new_grammar
 
-    return new_matcher(params.structured_outputs, tokenizer, vocab_size, eos_token_ids)
+    return new_grammar(params.structured_outputs, tokenizer, vocab_size, eos_token_ids)
 
 
 def ban_words(words: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> LogitsProcessor:
