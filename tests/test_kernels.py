@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.attention.triton import TritonAttention
-from nanovllm.attention.work_lists import split_chunks, split_decodes
+from nanovllm.attention.work_lists import DecodeLists, split_chunks, split_decodes
 from nanovllm.engine.batch import Batch, int32
 from nanovllm.engine.shared_prefixes import MAX_PARTS_PER_ROW, SharedPrefixes, SharedRuns, nested_runs
 from nanovllm.extras import logprobs, logprobs_kernel, truncation, truncation_kernel
@@ -230,6 +230,11 @@ def test_decode_lists_cover_every_token_once_and_take_equally_long(common, own_l
         assert (*starts, length) == (0, *ends)
     work = [sum(-(-(end - start) // tile) for *_, start, end, _ in items[a:b].tolist()) for a, b in pairwise(bounds)]
     assert max(work) <= -(-(sum(work) + bounds[-1]) // num_lists), "an item counts as one tile more than it has"
+    lists = DecodeLists(num_lists, tile, few_rows, most_rows)
+    for later in lens, lens + 1, lens + 2:
+        arrays = split_decodes(rows, later, shared, num_lists, tile, few_rows, most_rows)
+        for array, kept in zip(arrays, lists.split(rows, later, shared), strict=True):
+            np.testing.assert_array_equal(kept, array)
 
 
 @given(

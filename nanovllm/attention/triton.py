@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.attention.backend import AttentionBackend
-from nanovllm.attention.work_lists import split_chunks, split_decodes
+from nanovllm.attention.work_lists import DecodeLists, split_chunks
 from nanovllm.config import ModelConfig
 from nanovllm.engine.batch import INT, Batch, PackedBatch
 from nanovllm.engine.shared_prefixes import SharedRuns
@@ -64,15 +64,15 @@ class TritonAttention(AttentionBackend):
         has_descriptors = descriptors_pay(config.head_dim, config.dtype, block_size or self.block_size, capability)
         self.decode_tiles = decode_tiles(config.head_dim, self.group, config.dtype, has_descriptors)
         self.prompt_tiles = prompt_tiles(config.head_dim, self.group, config.dtype, has_descriptors)
-        self.few_rows, self.most_rows = (self.decode_tiles[name] // self.group for name in ("M", "M_SHARED"))
-        self.shared_tokens = self.decode_tiles["N"] if self.most_rows > 1 else 0
-        self.num_lists = max(1, num_processors * PROGRAMS_PER_PROCESSOR // config.num_key_value_heads)
+        few_rows, most_rows = (self.decode_tiles[name] // self.group for name in ("M", "M_SHARED"))
+        self.shared_tokens = self.decode_tiles["N"] if most_rows > 1 else 0
+        num_lists = max(1, num_processors * PROGRAMS_PER_PROCESSOR // config.num_key_value_heads)
+        self.decode_lists = DecodeLists(num_lists, self.decode_tiles["N"], few_rows, most_rows)
 
     def plan(self, batch: PackedBatch, shared: SharedRuns | None) -> list[INT]:
         if shared is None:
             return [split_chunks(batch.query_lens, batch.context_lens, self.prompt_tiles["M"] // self.group)]
-        sizes = self.num_lists, self.decode_tiles["N"], self.few_rows, self.most_rows
-        return split_decodes(batch.rows, batch.context_lens, shared, *sizes)
+        return self.decode_lists.split(batch.rows, batch.context_lens, shared)
 
     def prepare(self, batch: Batch) -> Any:
         if not batch.is_decode:

@@ -12,6 +12,28 @@ from nanovllm.engine.batch import INT, int32
 from nanovllm.engine.shared_prefixes import MAX_PARTS_PER_ROW, SharedRuns
 
 
+class DecodeLists:
+    """`split_decodes` for one step after the other. Until a row joins, leaves or comes to its next tile, only ends change."""
+
+    def __init__(self, num_lists: int, tile: int, few_rows: int, most_rows: int):
+        self.sizes = num_lists, tile, few_rows, most_rows
+        self._shared: SharedRuns | None = None  # of the last step
+        self._num_tiles = self._last_items = self._last_rows = np.zeros(0, np.int32)
+        self._lists: list[INT] = []
+
+    def split(self, rows: INT, context_lens: INT, shared: SharedRuns) -> list[INT]:
+        num_tiles = -(-context_lens // self.sizes[1])
+        if shared is not self._shared or not np.array_equal(num_tiles, self._num_tiles):
+            _, items, pairs, _ = self._lists = split_decodes(rows, context_lens, shared, *self.sizes)
+            first_rows = pairs[items[:, 1], 0]
+            self._last_items = (items[:, 4] == context_lens[first_rows]).nonzero()[0]  # what is shared ends before
+            self._shared, self._num_tiles, self._last_rows = shared, num_tiles, first_rows[self._last_items]
+        bounds, items, pairs, part_starts = self._lists
+        items = items.copy()
+        items[self._last_items, 4] = context_lens[self._last_rows]
+        return [bounds, items, pairs, part_starts]
+
+
 def split_decodes(
     rows: INT, context_lens: INT, shared: SharedRuns, num_lists: int, tile: int, few_rows: int, most_rows: int
 ) -> list[INT]:

@@ -64,17 +64,20 @@ class KVCache:
 
 
 class PackedBatch(NamedTuple):
-    """What a rank must know of a batch, padding included. Int32 arrays, which `DeviceTables.upload` replaces by tensors."""
+    """What a rank must know of a batch, padding included. Int32 arrays, which `DeviceTables.upload` replaces by tensors.
+
+    Of decode rows the device knows the rest.
+    """
 
     is_decode: bool
     rows: Any  # [B]
     context_lens: Any  # [B]
     query_lens: Any  # [B]
-    token_rows: Any  # [T], the row of each token
-    positions: Any  # [T]
-    input_ids: Any  # [T]; none of decode rows, which the device has
-    work_list: list[Any]
     logits_indices: Any  # places of the tokens whose logits are needed: [C], or a slice of decode rows
+    work_list: list[Any]
+    token_rows: Any = None  # [T], the row of each token
+    positions: Any = None  # [T]
+    input_ids: Any = None  # [T]
 
 
 class PackedStep(NamedTuple):
@@ -98,29 +101,32 @@ def padding(num_tokens: int) -> ScheduledChunk:
     return ScheduledChunk(TRASH, 0, num_tokens, is_sampled=False)
 
 
-def pack_batch(
-    chunks: list[ScheduledChunk], backend: "AttentionBackend", prefixes: "SharedPrefixes | None" = None
-) -> PackedBatch:
-    """Pack the chunks of a batch, or its decode rows, which may share `prefixes`; with the attention backend's plan for them."""
-    is_decode = prefixes is not None
+def pack_decodes(rows: list[ScheduledChunk], backend: "AttentionBackend", prefixes: "SharedPrefixes") -> PackedBatch:
+    """Pack decode rows, of which some may share a prefix, with the attention backend's plan for them."""
+    places, context_lens = int32([row.seq.row for row in rows]), int32([row.start for row in rows]) + 1
+    batch = PackedBatch(True, places, context_lens, np.ones_like(places), slice(None), [])
+    shared = prefixes.find(places, context_lens, backend.shared_tokens)
+    return batch._replace(work_list=backend.plan(batch, shared))
+
+
+def pack_chunks(chunks: list[ScheduledChunk], backend: "AttentionBackend") -> PackedBatch:
+    """Pack chunks of prompts, with the attention backend's plan for them."""
     rows = int32([chunk.seq.row for chunk in chunks])
     query_lens = int32([chunk.num_tokens for chunk in chunks])
     context_lens = int32([chunk.start for chunk in chunks]) + query_lens
     token_rows, ends = np.repeat(rows, query_lens), query_lens.cumsum()
-    input_ids = [] if is_decode else [np.asarray(chunk.seq.token_ids)[chunk.start : chunk.end] for chunk in chunks]
     batch = PackedBatch(
-        is_decode=is_decode,
+        is_decode=False,
         rows=rows,
         context_lens=context_lens,
         query_lens=query_lens,
+        logits_indices=int32(ends[[chunk.is_sampled for chunk in chunks]] - 1),
+        work_list=[],
         token_rows=token_rows,
         positions=int32(np.arange(len(token_rows)) + np.repeat(context_lens - ends, query_lens)),
-        input_ids=np.concatenate([int32([]), *input_ids]),
-        work_list=[],
-        logits_indices=int32(ends[[chunk.is_sampled for chunk in chunks]] - 1),
+        input_ids=np.concatenate([int32(np.asarray(c.seq.token_ids)[c.start : c.end]) for c in chunks]),
     )
-    shared = None if prefixes is None else prefixes.find(rows, context_lens, backend.shared_tokens)
-    return batch._replace(work_list=backend.plan(batch, shared))
+    return batch._replace(work_list=backend.plan(batch, None))
 
 
 class DeviceTables:
@@ -136,7 +142,7 @@ class DeviceTables:
         self.block_tables = zeros(num_rows, blocks_per_row)
         self.last_token = zeros(num_rows)  # the last token sampled for the row
         self.sampling = zeros(num_rows, 6)  # see `pack_sampling`
-        self.upload_buffer = zeros(capacity)
+        self.upload_buffer, self.nothing = zeros(capacity), zeros(0)
 
     def upload(self, packed: Any) -> Any:
         """Send the arrays of a PackedStep or PackedBatch in one copy, which nobody waits for; returns the same with tensors,
@@ -151,10 +157,13 @@ class DeviceTables:
 
         def copy_in(array: INT) -> Tensor:
             nonlocal end
+            if not array.size:
+                return self.nothing
             start = -(-end // 4) * 4  # 16 bytes: kernels are compiled for aligned pointers
             end = start + array.size
             buffer[start:end] = array.reshape(-1)
-            return self.upload_buffer[start:end].view(array.shape)
+            strides = array.shape[1:] + (1,)  # one or two
+            return self.upload_buffer.as_strided(array.shape, strides, start)
 
         sent = replace_arrays(packed, copy_in)
         self.upload_buffer[:end].copy_(host[:end], non_blocking=True)
@@ -169,13 +178,16 @@ class DeviceTables:
 
     def batch(self, packed: PackedBatch, sent: PackedBatch) -> Batch:
         """The batch that was uploaded. What the tables know is looked up on the device."""
-        places = sent.token_rows * self.blocks_per_row + sent.positions // self.block_size
-        blocks = self.block_tables.view(-1).index_select(0, places)
+        rows, positions, input_ids = sent.token_rows, sent.positions, sent.input_ids
+        if packed.is_decode:
+            rows, positions = sent.rows, sent.context_lens - 1
+            input_ids = self.last_token.index_select(0, rows)
+        blocks = self.block_tables.view(-1).index_select(0, rows * self.blocks_per_row + positions // self.block_size)
         return Batch(
             is_decode=packed.is_decode,
-            input_ids=self.last_token.index_select(0, sent.rows) if packed.is_decode else sent.input_ids,
-            positions=sent.positions,
-            slot_mapping=blocks.long() * self.block_size + sent.positions % self.block_size,
+            input_ids=input_ids,
+            positions=positions,
+            slot_mapping=blocks.long() * self.block_size + positions % self.block_size,
             rows=sent.rows,
             context_lens=sent.context_lens,
             block_tables=self.block_tables,

@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -23,12 +22,11 @@ class DecodeGraphs:
 
     def __init__(self) -> None:
         self.sizes: list[int] = []  # ascending
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self.pool: Any = None
 
-    def capture(self, size: int, decode: Callable[[], Tensor]) -> None:
-        """Capture what computes the hidden states [size, hidden] of a decode step. The largest size is the first: the others
-        fit into its memory."""
+    def capture(self, size: int, decode: Callable[[], Any]) -> None:
+        """Capture what computes a decode step of so many rows. The largest size is the first: the others fit into its memory."""
         try:
             decode()  # compiles, loads and allocates what a capture must not
             self.pool = self.pool or torch.cuda.graph_pool_handle()
@@ -36,8 +34,8 @@ class DecodeGraphs:
             stream = _capture_stream(torch.cuda.current_device())
             # NCCL's own thread goes on asking about earlier work meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-                hidden = decode()
-            self.graphs[size] = graph, hidden
+                results = decode()
+            self.graphs[size] = graph, results
             self.sizes.insert(0, size)
         except BaseException:
             self.close()
@@ -47,10 +45,11 @@ class DecodeGraphs:
         """What so many rows are padded to; none stay none."""
         return self.sizes[bisect_left(self.sizes, num_rows)] if self.sizes and num_rows else num_rows
 
-    def replay(self, size: int) -> Tensor:
-        graph, hidden = self.graphs[size]
+    def replay(self, size: int) -> Any:
+        """Launch a captured step; what `decode` returned."""
+        graph, results = self.graphs[size]
         graph.replay()
-        return hidden
+        return results
 
     def close(self) -> None:
         """NCCL's communicators cannot be ended before graphs that use them."""
@@ -64,7 +63,7 @@ def _capture_stream(device_index: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device_index)
 
 
-def graph_bytes(start: Callable[[int], Callable[[], Tensor]], sizes: list[int], device: torch.device) -> int:
+def graph_bytes(start: Callable[[int], Callable[[], Any]], sizes: list[int], device: torch.device) -> int:
     """What graphs of `sizes` will take, by capturing what `start` returns for three: the largest's memory, which all share, and
     a fixed cost for each of the others."""
 

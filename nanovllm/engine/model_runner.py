@@ -16,7 +16,17 @@ from torch import Tensor
 
 from nanovllm.attention import AttentionBackend
 from nanovllm.config import Config, ModelConfig
-from nanovllm.engine.batch import TOKEN_MULTIPLE, Batch, DeviceTables, KVCache, PackedStep, int32, pack_batch, padding
+from nanovllm.engine.batch import (
+    TOKEN_MULTIPLE,
+    Batch,
+    DeviceTables,
+    KVCache,
+    PackedStep,
+    int32,
+    pack_chunks,
+    pack_decodes,
+    padding,
+)
 from nanovllm.engine.cuda_graphs import DecodeGraphs
 from nanovllm.engine.scheduler import ScheduledChunk, Step
 from nanovllm.engine.sequence import Sequence
@@ -106,26 +116,32 @@ class ModelRunner:
 
     def pack(self, step: Step) -> PackedStep:
         """What all ranks must know of a step. Decode rows are padded to the size of a graph."""
-        decodes, chunks, batches = step.decodes, step.chunks, []
+        decodes, chunks, batches, sampled = step.decodes, step.chunks, [], []
         table_indices, table_blocks = self.prefixes.update(step)
         if decodes:
-            num_padding = self.graphs.padded_size(len(decodes)) - len(decodes)
-            batch = pack_batch(decodes + [padding(1)] * num_padding, self.backend, self.prefixes)
+            num_rows = len(decodes)
+            padded = [*decodes, *[padding(1)] * (self.graphs.padded_size(num_rows) - num_rows)]
+            batch = pack_decodes(padded, self.backend, self.prefixes)
+            sampled.append((batch.rows[:num_rows], batch.context_lens[:num_rows]))
             # Where no chunks follow, padding has logits too: to leave it out would cost a copy.
-            batches.append(batch._replace(logits_indices=slice(len(decodes) if chunks else None)))
+            batches.append(batch._replace(logits_indices=slice(num_rows)) if chunks else batch)
         if chunks:
             num_padding = -step.num_prefill_tokens % TOKEN_MULTIPLE if self.model.is_compiled else 0
-            padded = [*chunks, padding(num_padding)] if num_padding else chunks
-            batches.append(pack_batch(padded, self.backend))
-        vocab_size, sampled = self.model_config.vocab_size, step.sampled
+            batch = pack_chunks([*chunks, padding(num_padding)] if num_padding else chunks, self.backend)
+            sampled.append((batch.token_rows[batch.logits_indices], batch.positions[batch.logits_indices] + 1))
+            batches.append(batch)
+        sampled_rows, sampled_positions = (
+            sampled[0] if len(sampled) == 1 else map(np.concatenate, zip(*sampled, strict=True))
+        )
+        vocab_size = self.model_config.vocab_size
         return PackedStep(
             batches=batches,
             table_indices=table_indices,
             table_blocks=table_blocks,
             new_rows=int32([seq.row for seq in step.admitted]),
             new_sampling=int32([pack_sampling(seq.params, seq.seed, vocab_size) for seq in step.admitted]),
-            sampled_rows=int32([chunk.seq.row for chunk in sampled]),
-            sampled_positions=int32([chunk.end for chunk in sampled]),
+            sampled_rows=sampled_rows,
+            sampled_positions=sampled_positions,
             scored_slices=self._scored_slices(chunks),
             scored_ids=int32([chunk.seq.token_ids[i] for chunk in chunks for i in chunk.scored]),
         )
@@ -145,15 +161,17 @@ class ModelRunner:
         sent = self.tables.upload(packed)
         self.tables.update(sent)
         self.group.broadcast(self.tables.last_token)  # rank 0 has drawn them
-        hidden = []
+        hidden, logits = [], None
         for batch, sent_batch in zip(packed.batches, sent.batches, strict=True):
             if batch.is_decode and self.graphs.sizes:
-                hidden.append(self.graphs.replay(len(batch.rows)))
+                computed, logits = self.graphs.replay(len(batch.rows))
             else:
-                hidden.append(self._compute(self.tables.batch(batch, sent_batch)))
+                computed, logits = self._compute(self.tables.batch(batch, sent_batch)), None
+            hidden.append(computed)
         prompt_logprobs = self._score_prompts(packed.scored_slices, sent.scored_ids, hidden[-1])
-        last = [h[batch.logits_indices] for h, batch in zip(hidden, sent.batches, strict=True)]
-        logits = self._logits(last[0] if len(last) == 1 else torch.cat(last))
+        if logits is None:
+            last = [h[batch.logits_indices] for h, batch in zip(hidden, sent.batches, strict=True)]
+            logits = self._logits(last[0] if len(last) == 1 else torch.cat(last))
         num_sampled = len(sent.sampled_rows)
         return StepInFlight(step, logits[:num_sampled], sent.sampled_rows, sent.sampled_positions, prompt_logprobs)
 
@@ -228,11 +246,17 @@ class ModelRunner:
         tensor.numpy()[...] = array  # by this thread alone, where PyTorch would wake others
         return tensor.to(self.device, non_blocking=True)
 
-    def upload_trash_decode(self, num_rows: int) -> Callable[[], Tensor]:
-        """Send a decode batch of trash rows to where every decode batch arrives; returns what computes it."""
-        packed = pack_batch([padding(1)] * num_rows, self.backend, self.prefixes)
+    def upload_trash_decode(self, num_rows: int) -> Callable[[], tuple[Tensor, Tensor | None]]:
+        """Send a decode batch of trash rows to where every decode batch arrives; returns what computes its hidden states and,
+        on one device, its logits."""
+        packed = pack_decodes([padding(1)] * num_rows, self.backend, self.prefixes)
         sent = self.tables.upload(packed)
-        return torch.inference_mode()(lambda: self._compute(self.tables.batch(packed, sent)))
+
+        def decode() -> tuple[Tensor, Tensor | None]:
+            hidden = self._compute(self.tables.batch(packed, sent))
+            return hidden, self.model.logits(hidden) if self.group.size == 1 else None
+
+        return torch.inference_mode()(decode)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
