@@ -20,7 +20,7 @@ from nanovllm.sampling_params import StructuredOutputsParams
 # As models like them: where spaces are free, some write spaces for ever.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
-NUM_THREADS = 8  # waking more takes longer than what they do
+NUM_THREADS = 4  # waking more takes longer than what they do
 
 
 class Grammar:
@@ -146,21 +146,25 @@ def mask_logits(
     """Set the logits of tokens that the sequences' grammars do not allow to -inf, in place."""
     if new := [seq.grammar for _, seq in sequences if seq.grammar.masks is None]:
         Masks(new)
-    bits = (1 << torch.arange(8, device=logits.device)).byte()
-    for masks in {seq.grammar.masks: None for _, seq in sequences}:
-        words, members = masks.wait(), [(i, seq) for i, seq in sequences if seq.grammar.masks is masks]
-        for _, seq in members:
-            if seq.params.ignore_eos:
-                _ban_end(words[seq.grammar.index].numpy().view(np.uint32), seq.eos_token_ids)
-        rows, indices = (
-            to_device(numbers) for numbers in zip(*((i, seq.grammar.index) for i, seq in members), strict=True)
-        )
-        words = words.to(logits.device, non_blocking=True).index_select(0, indices)
-        is_banned = (words.view(torch.uint8).unsqueeze(2) & bits == 0).flatten(1)[:, : logits.shape[1]]
-        if len(members) == len(logits):
+    places: dict[Masks, list[tuple[int, int]]] = {}  # which of the logits have which of the masks
+    for i, seq in sequences:
+        masks, index = seq.grammar.masks, seq.grammar.index
+        places.setdefault(masks, []).append((i, index))
+        if seq.params.ignore_eos:
+            _ban_end(masks.wait()[index].numpy().view(np.uint32), seq.eos_token_ids)
+    for masks, pairs in places.items():
+        rows, indices = to_device(pairs).unbind(1)
+        octets = masks.wait().to(logits.device, non_blocking=True).index_select(0, indices).view(torch.uint8)
+        is_banned = (octets.unsqueeze(2) & _bits(logits.device) == 0).flatten(1)[:, : logits.shape[1]]
+        if len(pairs) == len(logits):
             logits.masked_fill_(is_banned, -torch.inf)
         else:
             logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(is_banned, -torch.inf))
+
+
+@cache
+def _bits(device: torch.device) -> Tensor:
+    return (1 << torch.arange(8, device=device)).byte()
 
 
 def _ban_end(mask: NDArray[np.uint32], eos_token_ids: frozenset[int]) -> None:
