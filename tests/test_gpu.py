@@ -58,7 +58,7 @@ def test_nothing_synchronises_between_planning_and_sampling(options, tiny_model)
         torch.cuda.set_sync_debug_mode("error")
         try:
             step = engine.scheduler.schedule()
-            launched = engine.forward(step) if step else None
+            launched = engine.runner.forward(engine.runner.pack(step), step) if step else None
             sampled = engine.runner.sample(launched) if step else None
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -73,7 +73,7 @@ class FakeDevice:
             entries = [self.slots[self.slot(seq.row, p)] for p in range(start + num_tokens)]
             assert [p for p, _ in entries] == list(range(start + num_tokens)), "a slot holds another position's KV"
             if is_sampled:
-                contexts.append([token for _, token in entries])
+                contexts.append((seq.row, [token for _, token in entries]))
         return contexts
 
     def check_sharing(self, decodes):
@@ -102,12 +102,11 @@ class FakeDevice:
 
     def sample(self, step, contexts):
         drawn = []
-        for chunk, context in zip(step.sampled, contexts):
-            seq = chunk.seq
-            drawn.append(next_token(context))
-            if not seq.is_finished:
-                assert context == list(seq.token_ids), "the history is known, and the KV is this sequence's"
-                self.last_token[seq.row] = drawn[-1]
+        for chunk, (row, context) in zip(step.sampled, contexts):
+            self.last_token[row] = next_token(context)
+            drawn.append(self.last_token[row])
+            if not chunk.seq.is_finished:
+                assert context == list(chunk.seq.token_ids), "the history is known, and the KV is this sequence's"
         return drawn
 
 
@@ -129,23 +128,34 @@ def run(sequences, scheduler, overlapped, aborts=()):
     device = FakeDevice(scheduler.block_manager.block_size)
     for seq in sequences:
         scheduler.add(seq)
-    in_flight, num_steps, budget = (Step(), []), 0, scheduler.max_num_batched_tokens
+    launched, in_flight, num_steps = None, (Step(), []), 0
+
+    def plan():
+        step = scheduler.schedule()
+        assert not step or step.num_decode_tokens + step.num_prefill_tokens <= scheduler.max_num_batched_tokens
+        check_invariants(scheduler)
+        return step
+
+    def commit():
+        scheduler.commit(*in_flight)
+        check_invariants(scheduler)
+
     while scheduler.has_unfinished:
         scheduler.abort({request_id for turn, request_id in aborts if turn == num_steps})
         if not scheduler.has_unfinished:
             break
-        step = scheduler.schedule()
-        assert step or in_flight[1], "stuck"
-        if step:
-            assert step.num_decode_tokens + step.num_prefill_tokens <= budget
-        contexts = device.forward(step) if step else []
-        check_invariants(scheduler)
-        scheduler.commit(*in_flight)
-        in_flight = (step, device.sample(step, contexts)) if step else (Step(), [])
-        if not overlapped:
-            scheduler.commit(*in_flight)
-            in_flight = (Step(), [])
-        check_invariants(scheduler)
+        if launched is None and (step := plan()):
+            launched = step, device.forward(step)
+        assert launched or in_flight[1], "stuck"
+        if overlapped:
+            commit()
+            step = plan()
+        in_flight = (launched[0], device.sample(*launched)) if launched else (Step(), [])
+        if overlapped:
+            launched = (step, device.forward(step)) if step else None
+        else:
+            launched = None
+            commit()
         num_steps += 1
     assert len(scheduler.block_manager.free) == scheduler.block_manager.num_blocks - 1
     return num_steps

@@ -1,10 +1,10 @@
 """LLMEngine: the loop that joins the scheduler and the model runner. It knows token ids, no text.
 
-    CPU     | plan N+1 | launch forward N+1 | commit N | launch sampling N+1 | plan N+2 | …
-    device  | … forward N | sample N | forward N+1 ……………………………… | sample N+1 | forward N+2 …
+    CPU     | commit N | plan N+2 | launch sampling N+1 | launch forward N+2 | commit N+1 | …
+    device  | forward N+1 ………………………………………………………………… | sample N+1 | forward N+2 …
 
-Step N+1 is planned from counts, and launched, before the tokens of step N are read: the device need not wait for the CPU,
-as long as the CPU is done with N before the device is done with N+1.
+Step N+2 is planned from counts before the tokens of step N+1 are drawn: the device need not wait for the CPU, as long as the CPU
+is done with N before the device is done with the forward of N+1.
 When N+1 is sampled, N is committed, so that every sampled sequence's history is known on the CPU.
 """
 
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nanovllm.config import Config, ModelConfig
+from nanovllm.engine.batch import PackedStep
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import ModelRunner, StepInFlight
 from nanovllm.engine.scheduler import Scheduler, Step
@@ -66,7 +67,8 @@ class LLMEngine:
             raise
         self.max_model_len = self.runner.max_len
         gc.collect()  # or it would happen in the middle of the first call, and take 0.3 s of it
-        self.in_flight: StepInFlight | None = None
+        self.launched: StepInFlight | None = None  # up to its logits
+        self.in_flight: StepInFlight | None = None  # the one before it, which is sampled
         self.to_abort: list[int] | None = None  # at the end of the step, in the middle of one
         self.why_closed = "this LLM is closed"
         self.why_refused = ""  # no request is taken; see extras.new_weights
@@ -83,7 +85,7 @@ class LLMEngine:
         self.scheduler.add(seq)
 
     def step(self) -> Step:
-        """One turn of the loop: plan and launch a step, commit the one before it; returns that one, or an empty one.
+        """One turn of the loop: commit a step, sample the next one, launch the one after it; returns the first, or an empty one.
 
         On any exception, Ctrl-C included, the sequences that are unfinished end as they are, and the engine is empty.
         """
@@ -93,13 +95,15 @@ class LLMEngine:
         self.to_abort = []
         try:
             with _on_device(runner.device):
-                step = self.scheduler.schedule()
-                launched = self.forward(step) if step else None
-                committed = self._commit()
-                if launched is not None and self.scheduler.has_unfinished:
-                    self.in_flight = runner.sample(launched)
+                if self.launched is None:  # the first step
+                    self.launched = self._launch(self._plan())
                 if not self.config.async_scheduling:
-                    committed = self._commit()
+                    self._sample()
+                    return self._commit()
+                committed = self._commit()
+                planned = self._plan()
+                self._sample()
+                self.launched = self._launch(planned)
                 return committed
         except Exception:
             self._reset()
@@ -124,13 +128,6 @@ class LLMEngine:
             self._reset()
             raise
 
-    def forward(self, step: Step) -> StepInFlight:
-        """Launch a step up to its logits on every rank; return at once."""
-        runner = self._runner()
-        packed = runner.pack(step)
-        with self.workers.all_ranks(pickle.dumps(packed)) if self.workers else nullcontext():
-            return runner.forward(packed, step)
-
     def stats(self) -> dict[str, Any]:
         manager, prefixes = self.scheduler.block_manager, self._runner().prefixes
         num_blocks = manager.num_blocks - 1
@@ -154,7 +151,7 @@ class LLMEngine:
         """Give the devices' memory back, and end the workers. The engine cannot be used afterwards."""
         atexit.unregister(self.close)
         runner, workers = self.runner, self.workers
-        self.runner = self.workers = self.in_flight = None
+        self.runner = self.workers = self.launched = self.in_flight = None
         try:
             if runner is not None:
                 runner.close()
@@ -177,6 +174,23 @@ class LLMEngine:
             budget = min(budget, CPU_STEP_TOKENS)
         return Scheduler(manager, config.max_num_seqs, budget)
 
+    def _plan(self) -> tuple[PackedStep, Step] | None:
+        step = self.scheduler.schedule()
+        return (self._runner().pack(step), step) if step else None
+
+    def _launch(self, planned: tuple[PackedStep, Step] | None) -> StepInFlight | None:
+        """Launch a step up to its logits on every rank."""
+        if planned is None:
+            return None
+        with self.workers.all_ranks(pickle.dumps(planned[0])) if self.workers else nullcontext():
+            return self._runner().forward(*planned)
+
+    def _sample(self) -> None:
+        """Draw the tokens of the step that was launched, unless nobody waits for them any more."""
+        launched, self.launched = self.launched, None
+        if launched is not None and self.scheduler.has_unfinished:
+            self.in_flight = self._runner().sample(launched)
+
     def _commit(self) -> Step:
         in_flight, self.in_flight = self.in_flight, None
         if in_flight is None:
@@ -193,7 +207,7 @@ class LLMEngine:
 
     def _reset(self) -> None:
         """Start over after an exception: a planned block may be in the prefix cache without its KV."""
-        self.in_flight = None
+        self.launched = self.in_flight = None
         try:
             self._runner().synchronize()
             if self.workers is not None:
@@ -214,8 +228,8 @@ def _leave_to_parent(reference: "weakref.ref[LLMEngine]") -> None:
     engine = reference()
     if engine is not None and engine.workers is not None:
         engine.workers.disconnect()
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object((engine.runner, engine.workers, engine.in_flight)))
-        engine.runner = engine.workers = engine.in_flight = None
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object((engine.runner, engine.workers, engine.launched, engine.in_flight)))
+        engine.runner = engine.workers = engine.launched = engine.in_flight = None
         engine.why_closed = "this LLM is the parent process's, and not its forked child's"
 
 

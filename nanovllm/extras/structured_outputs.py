@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
@@ -20,7 +21,8 @@ from nanovllm.sampling_params import StructuredOutputsParams
 # As models like them: where spaces are free, some write spaces for ever.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
-NUM_THREADS = 4  # waking more takes longer than what they do
+# A thread more is worth its waking for so much work.
+NUM_THREADS, THREAD_SECONDS = 8, 2e-3
 
 
 class Grammar:
@@ -93,6 +95,8 @@ def guidance_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_
 class Masks:
     """Which tokens may come next by each of some grammars, on their way: threads compute them while Python goes on."""
 
+    seconds_each = 1.0  # that one of the last masks took
+
     def __init__(self, grammars: list[Grammar]):
         num_words = max((-(-grammar.vocab_size // 32) for grammar in grammars), default=0)
         # Sent to a GPU without waiting: PyTorch gives pinned memory out again only when the copy from it is done.
@@ -102,11 +106,14 @@ class Masks:
         begun = Semaphore(0)
 
         def compute(executor: Any, part: list[tuple[Any, int]]) -> None:
+            start = time.perf_counter()
             begun.release()  # the next call lets go of Python's lock, for which a thread that begins later would wait long
             executor.unsafe_compute_mask_ptr(part, self.words.data_ptr(), num_words * 4, len(indexed))
+            Masks.seconds_each = (time.perf_counter() - start) / len(part)
 
         pool, executors = threads()
-        parts = [indexed[i :: len(executors)] for i in range(min(len(executors), len(indexed)))]
+        num_parts = min(len(executors), len(indexed), 1 + int(Masks.seconds_each * len(indexed) / THREAD_SECONDS))
+        parts = [indexed[i::num_parts] for i in range(num_parts)]
         self._computed = [pool.submit(compute, *work) for work in zip(executors, parts, strict=False)]
         for _ in parts:
             begun.acquire()
