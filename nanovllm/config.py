@@ -64,7 +64,7 @@ class Config:
             `nanovllm.attention.AttentionBackend` of one's own.
         model_class: a `nanovllm.models.decoder.Decoder` of one's own; None is that one.
         enable_prefix_caching: share the KV of equal prefixes between requests.
-        async_scheduling: plan and launch a step while the tokens of the one before are on their way.
+        async_scheduling: plan and launch steps before the tokens of those before have been read.
         load_format: "auto" (safetensors) or "dummy" (random weights in the shape that config.json says).
         seed: makes the seeds of requests that have none repeatable; None draws fresh ones.
         tokenizer: another folder or Hub id for the tokenizer.

@@ -57,8 +57,8 @@ class SamplingParams:
     It is checked when it is made, and again by a call that takes it, which keeps a copy: what is assigned afterwards changes
     nothing that runs. None for `temperature`, `top_k` and `top_p` is their default.
 
-    The logits pass through penalties, bias and bans, processors, temperature, min-p, top-k and top-p in this order, each
-    on what the one before kept; a token that ties with the last one kept is kept too.
+    The logits pass through penalties, bias and bans, processors, structured outputs, temperature, min-p, top-k and top-p in this
+    order, each on what the one before kept; a token that ties with the last one kept is kept too.
 
     Args:
         temperature: divides the logits, at most 1e30; 0 is greedy (on a tie the lowest token id wins).

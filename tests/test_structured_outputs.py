@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from nanovllm import LLM, SamplingParams, StructuredOutputsParams
 from nanovllm.engine.sequence import NO_GRAMMAR
+from nanovllm.extras import structured_outputs
 
-pytest.importorskip("llguidance", reason="needs llguidance")
+llguidance = pytest.importorskip("llguidance", reason="needs llguidance")
 
 PROMPTS = ["The capital of France is", "Once upon a time", "1, 2, 3, 4,"]
 
@@ -52,6 +53,22 @@ def test_choices(llm, choice, seed):
 def test_a_character_that_no_token_begins_aborts(llm):
     for completion in complete(llm, {"choice": ["\U00040000"]}):
         assert (completion.finish_reason, completion.stop_reason) == ("abort", NO_GRAMMAR)
+
+
+def test_a_grammar_that_becomes_too_complex_aborts(llm, monkeypatch):
+    """llguidance then allows the end alone, which would look like a completion that is whole."""
+
+    def limited(tokenizer, vocab_size, eos_token_ids, grammar):
+        tokenizer = structured_outputs.guidance_tokenizer(tokenizer, vocab_size, eos_token_ids)
+        return llguidance.LLMatcher(tokenizer, grammar, limits=llguidance.LLParserLimits(step_max_items=1), log_level=0)
+
+    monkeypatch.setattr(structured_outputs, "compiled", limited)
+    for completion in complete(llm, {"json_object": True}):
+        assert (completion.finish_reason, completion.stop_reason) == ("abort", NO_GRAMMAR)
+
+
+def test_no_choices_are_no_form(llm):
+    assert {c.text for c in complete(llm, {"choice": [], "regex": "yes"})} == {"yes"}
 
 
 pieces = st.sampled_from(["[a-c]{2}", "x+", "(yes|no)", "[0-9]{1,3}", "é?", "\\\\."])

@@ -47,11 +47,11 @@ class TritonAttention(AttentionBackend):
         if config.head_dim > MAX_HEAD_DIM:
             raise ValueError(f"attention_backend='triton' runs head sizes up to {MAX_HEAD_DIM}, got {config.head_dim}")
         self.num_kv_heads = config.num_key_value_heads
-        self.group = config.num_attention_heads // config.num_key_value_heads
+        self.heads_per_kv = config.num_attention_heads // config.num_key_value_heads
         self.scale = config.head_dim**-0.5 * LOG2_E
         self.shape = {
             "H_KV": config.num_key_value_heads,
-            "G": self.group,
+            "G": self.heads_per_kv,
             "D": config.head_dim,
             "DP": max(16, triton.next_power_of_2(config.head_dim)),
             "PRECISION": "ieee" if config.dtype == torch.float32 else "tf32",
@@ -62,16 +62,16 @@ class TritonAttention(AttentionBackend):
             capability = properties.major * 10 + properties.minor
             num_processors = properties.multi_processor_count
         has_descriptors = descriptors_pay(config.head_dim, config.dtype, block_size or self.block_size, capability)
-        self.decode_tiles = decode_tiles(config.head_dim, self.group, config.dtype, has_descriptors)
-        self.prompt_tiles = prompt_tiles(config.head_dim, self.group, config.dtype, has_descriptors)
-        few_rows, most_rows = (self.decode_tiles[name] // self.group for name in ("M", "M_SHARED"))
+        self.decode_tiles = decode_tiles(config.head_dim, self.heads_per_kv, config.dtype, has_descriptors)
+        self.prompt_tiles = prompt_tiles(config.head_dim, self.heads_per_kv, config.dtype, has_descriptors)
+        few_rows, most_rows = (self.decode_tiles[name] // self.heads_per_kv for name in ("M", "M_SHARED"))
         self.shared_tokens = self.decode_tiles["N"] if most_rows > 1 else 0
         num_lists = max(1, num_processors * PROGRAMS_PER_PROCESSOR // config.num_key_value_heads)
         self.decode_lists = DecodeLists(num_lists, self.decode_tiles["N"], few_rows, most_rows)
 
     def plan(self, batch: PackedBatch, shared: SharedRuns | None) -> list[INT]:
-        if shared is None:
-            return [split_chunks(batch.query_lens, batch.context_lens, self.prompt_tiles["M"] // self.group)]
+        if shared is None:  # chunks
+            return [split_chunks(batch.query_lens, batch.context_lens, self.prompt_tiles["M"] // self.heads_per_kv)]
         return self.decode_lists.split(batch.rows, batch.context_lens, shared)
 
     def prepare(self, batch: Batch) -> Any:
@@ -80,9 +80,11 @@ class TritonAttention(AttentionBackend):
         num_parts = len(batch.work_list[2])
         new = partial(torch.empty, dtype=torch.float32, device=batch.rows.device)
         return Workspace(
-            new(num_parts, self.num_kv_heads * self.group, self.shape["D"]),
-            new(num_parts, self.num_kv_heads * self.group),
-            torch.zeros(len(batch.rows), self.num_kv_heads * self.group, dtype=torch.int32, device=batch.rows.device),
+            new(num_parts, self.num_kv_heads * self.heads_per_kv, self.shape["D"]),
+            new(num_parts, self.num_kv_heads * self.heads_per_kv),
+            torch.zeros(
+                len(batch.rows), self.num_kv_heads * self.heads_per_kv, dtype=torch.int32, device=batch.rows.device
+            ),
         )
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:

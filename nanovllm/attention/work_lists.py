@@ -13,7 +13,8 @@ from nanovllm.engine.shared_prefixes import MAX_PARTS_PER_ROW, SharedRuns
 
 
 class DecodeLists:
-    """`split_decodes` for one step after the other. Until a row joins, leaves or comes to its next tile, only ends change."""
+    """`split_decodes` for one step after the other. Until a row joins, leaves or comes to its next tile, only ends change: with few
+    rows, for many steps."""
 
     def __init__(self, num_lists: int, tile: int, few_rows: int, most_rows: int):
         self.sizes = num_lists, tile, few_rows, most_rows

@@ -64,10 +64,7 @@ class KVCache:
 
 
 class PackedBatch(NamedTuple):
-    """What a rank must know of a batch, padding included. Int32 arrays, which `DeviceTables.upload` replaces by tensors.
-
-    Of decode rows the device knows the rest.
-    """
+    """What a rank must know of a batch, padding included. Int32 arrays, which `DeviceTables.upload` replaces by tensors."""
 
     is_decode: bool
     rows: Any  # [B]
@@ -75,6 +72,7 @@ class PackedBatch(NamedTuple):
     query_lens: Any  # [B]
     logits_indices: Any  # places of the tokens whose logits are needed: [C], or a slice of decode rows
     work_list: list[Any]
+    # Of chunks only: of decode rows the device works them out.
     token_rows: Any = None  # [T], the row of each token
     positions: Any = None  # [T]
     input_ids: Any = None  # [T]
@@ -83,7 +81,8 @@ class PackedBatch(NamedTuple):
 class PackedStep(NamedTuple):
     """What a rank must know of a step. Int32 arrays, which `DeviceTables.upload` replaces by tensors."""
 
-    batches: list[PackedBatch]  # decode rows, then chunks, if there are any
+    # Decode rows, then chunks, if there are any. They come first: a CUDA graph reads decode rows at the buffer's start.
+    batches: list[PackedBatch]
     table_indices: Any  # [E], new entries of the block tables
     table_blocks: Any  # [E]
     new_rows: Any  # [R], rows of the sequences that are new to the device
@@ -101,11 +100,12 @@ def padding(num_tokens: int) -> ScheduledChunk:
     return ScheduledChunk(TRASH, 0, num_tokens, is_sampled=False)
 
 
-def pack_decodes(rows: list[ScheduledChunk], backend: "AttentionBackend", prefixes: "SharedPrefixes") -> PackedBatch:
+def pack_decodes(chunks: list[ScheduledChunk], backend: "AttentionBackend", prefixes: "SharedPrefixes") -> PackedBatch:
     """Pack decode rows, of which some may share a prefix, with the attention backend's plan for them."""
-    places, context_lens = int32([row.seq.row for row in rows]), int32([row.start for row in rows]) + 1
-    batch = PackedBatch(True, places, context_lens, np.ones_like(places), slice(None), [])
-    shared = prefixes.find(places, context_lens, backend.shared_tokens)
+    rows = int32([chunk.seq.row for chunk in chunks])
+    context_lens = int32([chunk.start for chunk in chunks]) + 1
+    batch = PackedBatch(True, rows, context_lens, np.ones_like(rows), slice(None), [])
+    shared = prefixes.find(rows, context_lens, backend.shared_tokens)
     return batch._replace(work_list=backend.plan(batch, shared))
 
 
@@ -148,7 +148,7 @@ class DeviceTables:
         """Send the arrays of a PackedStep or PackedBatch in one copy, which nobody waits for; returns the same with tensors,
         where each array will be.
 
-        Arrays of the same sizes arrive at the same addresses, which is what a CUDA graph reads.
+        What comes first arrives at the same addresses if its arrays have the same sizes: a CUDA graph reads it there.
         """
         # PyTorch gives pinned memory out again only when the copy from it is done.
         host = torch.empty_like(self.upload_buffer, device="cpu", pin_memory=self.upload_buffer.is_cuda)

@@ -52,7 +52,7 @@ class DecodeGraphs:
         return results
 
     def close(self) -> None:
-        """NCCL's communicators cannot be ended before graphs that use them."""
+        """Free the graphs: NCCL's communicators cannot be ended before graphs that use them."""
         for graph, _ in self.graphs.values():
             graph.reset()
 
@@ -78,4 +78,4 @@ def graph_bytes(start: Callable[[int], Callable[[], Any]], sizes: list[int], dev
     del graphs
     torch.cuda.empty_cache()
     largest, others = free[0] - free[1], free[1] - free[-1]
-    return largest + max(0, others) * (len(sizes) - 1) // 2
+    return largest + max(0, others) * (len(sizes) - 1) // max(1, len(free) - 2)

@@ -4,8 +4,8 @@
     device  | forward N+1 ………………………………………………………………… | sample N+1 | forward N+2 …
 
 Step N+2 is planned from counts before the tokens of step N+1 are drawn: the device need not wait for the CPU, as long as the CPU
-is done with N before the device is done with the forward of N+1.
-When N+1 is sampled, N is committed, so that every sampled sequence's history is known on the CPU.
+has committed N, planned N+2 and launched the sampling of N+1 before the device ends the forward of N+1.
+N is committed before N+1 is sampled, so that the CPU knows every sampled sequence's history.
 """
 
 import atexit
@@ -85,7 +85,8 @@ class LLMEngine:
         self.scheduler.add(seq)
 
     def step(self) -> Step:
-        """One turn of the loop: commit a step, sample the next one, launch the one after it; returns the first, or an empty one.
+        """One turn of the loop: commit step N, plan N+2, sample N+1, launch N+2; returns N, or an empty step. Without
+        async_scheduling: plan, launch, sample and commit one step.
 
         On any exception, Ctrl-C included, the sequences that are unfinished end as they are, and the engine is empty.
         """
@@ -95,14 +96,14 @@ class LLMEngine:
         self.to_abort = []
         try:
             with _on_device(runner.device):
-                if self.launched is None:  # the first step
+                if self.launched is None:  # at the start, or after a turn in which there was nothing to plan
                     self.launched = self._launch(self._plan())
                 if not self.config.async_scheduling:
                     self._sample()
                     return self._commit()
                 committed = self._commit()
                 planned = self._plan()
-                self._sample()
+                self._sample()  # before the next launch, which writes where this step's rows and logits are
                 self.launched = self._launch(planned)
                 return committed
         except Exception:
@@ -127,6 +128,8 @@ class LLMEngine:
         except BaseException:
             self._reset()
             raise
+        if not self.scheduler.has_unfinished:
+            self.launched = self.in_flight = None
 
     def stats(self) -> dict[str, Any]:
         manager, prefixes = self.scheduler.block_manager, self._runner().prefixes
@@ -182,8 +185,9 @@ class LLMEngine:
         """Launch a step up to its logits on every rank."""
         if planned is None:
             return None
-        with self.workers.all_ranks(pickle.dumps(planned[0])) if self.workers else nullcontext():
-            return self._runner().forward(*planned)
+        packed, step = planned
+        with self.workers.all_ranks(pickle.dumps(packed)) if self.workers else nullcontext():
+            return self._runner().forward(packed, step)
 
     def _sample(self) -> None:
         """Draw the tokens of the step that was launched, unless nobody waits for them any more."""

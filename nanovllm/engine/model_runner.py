@@ -1,4 +1,4 @@
-"""ModelRunner: owns the device: weights, KV cache, the rows' tables. It launches steps and never waits for them.
+"""ModelRunner: owns the device: weights, KV cache, the rows' tables. It launches steps and never waits for the device.
 
 On a GPU nothing between planning a step and launching it synchronises; the only wait is `StepInFlight.wait`.
 """
@@ -36,7 +36,7 @@ from nanovllm.models.decoder import Decoder
 from nanovllm.outputs import LogprobRow
 from nanovllm.parallel.group import Group
 
-HEAD_ROWS = 256  # of a prompt go through the head at once
+HEAD_ROWS = 256  # positions of a prompt that go through the head at once, for their log-probabilities
 
 NO_TOKENS = torch.empty(0, dtype=torch.int32)
 
@@ -45,7 +45,8 @@ Logprobs = tuple[Tensor, ...]  # see extras.logprobs.logprobs; empty if nobody a
 
 @dataclass
 class StepInFlight:
-    """A step on the device: launched up to its logits, then sampled, its results on their way to the CPU."""
+    """A step on the device: launched up to its logits, then sampled, its results on their way to the CPU. The next forward
+    overwrites its logits, rows and positions."""
 
     step: Step
     logits: Tensor | None  # [S, vocabulary] on rank 0, of `step.sampled`; None when they are sampled
@@ -181,7 +182,7 @@ class ModelRunner:
         return self.model(batch, self.kv_cache)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits of at least as many rows: in the sizes of the graphs, for which the libraries' kernels are loaded."""
+        """Logits of the rows and of padding after them, up to a graph's size, for which the libraries' kernels are loaded."""
         num_padding = self.graphs.padded_size(len(hidden)) - len(hidden)
         return self.model.logits(F.pad(hidden, (0, 0, 0, num_padding)) if num_padding else hidden)
 
@@ -196,7 +197,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def sample(self, launched: StepInFlight) -> StepInFlight:
-        """Launch the sampling of a step whose predecessor is committed, so that every sequence is known in full.
+        """Launch the sampling of a step whose predecessor is committed, so that every sequence is known in full; returns the same.
 
         A sequence that has finished is still sampled; commit ignores its token.
         """

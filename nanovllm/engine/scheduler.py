@@ -2,7 +2,7 @@
 
 There is one phase. Each sequence has `num_computed_tokens` catch up with its length, under one token budget a
 step: chunked prefill, prefix hits, mixing with decode and resuming after a preemption are the same arithmetic.
-Planning needs counts only, so step N+1 is planned while the tokens of step N are still on the device.
+Planning needs counts only, so a step is planned before the tokens of the one before are drawn.
 """
 
 import logging

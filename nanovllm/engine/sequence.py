@@ -85,7 +85,7 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Known tokens and the pending one."""
+        """Known tokens and the pending ones."""
         return len(self.token_ids) + self.num_pending
 
     @property
@@ -145,6 +145,8 @@ class Sequence:
         stop_reason: int | str | None = None
         if not is_drawn:
             reason, stop_reason = "abort", NOT_DRAWN
+        elif self.grammar is not None and not self.grammar.is_valid:
+            reason, stop_reason = "abort", NO_GRAMMAR
         elif may_stop and token_id in self.eos_token_ids and not self.params.ignore_eos:
             reason = "stop"
         elif may_stop and token_id in self.stop_token_ids:
@@ -153,11 +155,8 @@ class Sequence:
             stop = self.completion_text.append(token_id, may_stop and reason is None)
             if stop is not None:
                 reason, stop_reason = "stop", stop
-        if reason is None and self.grammar is not None:
-            if not self.grammar.is_valid:
-                reason, stop_reason = "abort", NO_GRAMMAR
-            elif self.grammar.is_complete:
-                reason = "stop"
+        if reason is None and self.grammar is not None and self.grammar.is_complete:
+            reason = "stop"
         if reason is None and num_tokens >= self.max_tokens:
             reason = "length"
         if reason is not None:

@@ -45,7 +45,7 @@ class SharedPrefixes:
     def find(self, rows: INT, context_lens: INT, least_tokens: int) -> SharedRuns:
         """What the rows of a decode batch share, in runs of a multiple of `least_tokens`; with 0, nothing.
 
-        The result changes only when a row joins or leaves: the blocks that a running row is given are its own.
+        It is the same object until a row joins or leaves: the blocks that a running row is given are its own.
         """
         key = rows.tobytes()
         if self._found is None or self._found[0] != key:

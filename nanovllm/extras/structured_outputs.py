@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
@@ -18,11 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import StructuredOutputsParams
 
-# As models like them: where spaces are free, some write spaces for ever.
+# Exactly these separators: where spaces are free, some models write spaces without end.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
-# A thread more is worth its waking for so much work.
-NUM_THREADS, THREAD_SECONDS = 8, 2e-3
+NUM_THREADS = 4  # waking more takes longer than what they do
 
 
 class Grammar:
@@ -31,10 +29,10 @@ class Grammar:
     def __init__(self, matcher: Any, vocab_size: int):
         self.matcher = matcher  # llguidance's, which other threads use while masks are computed
         self.vocab_size = vocab_size
-        self.is_valid = True  # it went along with the last token
+        self.is_valid = True  # the last token was allowed
         self.is_complete = False  # nothing may follow
-        self.masks: Masks | None = None  # those of several grammars, once they are asked for
-        self.index = 0  # of this one's among them
+        self.masks: Masks | None = None  # the batch that holds its next mask, when that is begun
+        self.index = 0  # its place there
 
     def copy(self) -> "Grammar":
         return Grammar(self.matcher.deep_copy(), self.vocab_size)
@@ -42,7 +40,8 @@ class Grammar:
     def take(self, token_id: int) -> None:
         """Take the next token of the completion."""
         self.masks = None
-        self.is_valid = self.matcher.consume_token(token_id)
+        # Where making the mask failed, it allowed the end alone.
+        self.is_valid = self.matcher.consume_token(token_id) and not self.matcher.is_error()
         self.is_complete = self.matcher.is_stopped()
 
 
@@ -65,7 +64,7 @@ def new_grammar(
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
         elif params.regex is not None:
             grammar = LLMatcher.grammar_from_regex(params.regex)
-        elif params.choice is not None:
+        elif params.choice:
             escaped = ("".join(f"\\x{{{ord(character):x}}}" for character in text) for text in params.choice)
             grammar = LLMatcher.grammar_from_regex("|".join(escaped))
         else:
@@ -95,8 +94,6 @@ def guidance_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_
 class Masks:
     """Which tokens may come next by each of some grammars, on their way: threads compute them while Python goes on."""
 
-    seconds_each = 1.0  # that one of the last masks took
-
     def __init__(self, grammars: list[Grammar]):
         num_words = max((-(-grammar.vocab_size // 32) for grammar in grammars), default=0)
         # Sent to a GPU without waiting: PyTorch gives pinned memory out again only when the copy from it is done.
@@ -106,15 +103,13 @@ class Masks:
         begun = Semaphore(0)
 
         def compute(executor: Any, part: list[tuple[Any, int]]) -> None:
-            start = time.perf_counter()
-            begun.release()  # the next call lets go of Python's lock, for which a thread that begins later would wait long
+            begun.release()
             executor.unsafe_compute_mask_ptr(part, self.words.data_ptr(), num_words * 4, len(indexed))
-            Masks.seconds_each = (time.perf_counter() - start) / len(part)
 
         pool, executors = threads()
-        num_parts = min(len(executors), len(indexed), 1 + int(Masks.seconds_each * len(indexed) / THREAD_SECONDS))
-        parts = [indexed[i::num_parts] for i in range(num_parts)]
+        parts = [indexed[i :: len(executors)] for i in range(min(len(executors), len(indexed)))]
         self._computed = [pool.submit(compute, *work) for work in zip(executors, parts, strict=False)]
+        # A thread gives up Python's lock when it computes. One that has not begun would wait until this one gives it up.
         for _ in parts:
             begun.acquire()
         for i, grammar in enumerate(grammars):
@@ -129,7 +124,7 @@ class Masks:
 
 @cache
 def threads() -> tuple[ThreadPoolExecutor, list[Any]]:
-    """Threads, and an executor of one more for each: llguidance's own division of the work takes longer than most masks."""
+    """Threads, and for each an executor of one: llguidance's own division of the work takes longer than most masks."""
     from llguidance import LLExecutor
 
     os.register_at_fork(after_in_child=threads.cache_clear)  # a fork does not copy them
@@ -138,7 +133,7 @@ def threads() -> tuple[ThreadPoolExecutor, list[Any]]:
 
 
 def take_tokens(sequences: Iterable[Sequence], token_ids: Iterable[int | None]) -> None:
-    """Give the grammars of these sequences their tokens, and begin with the masks of those that go on."""
+    """Give the grammars of these sequences their tokens, and start computing the next masks of those that go on."""
     grammars = []
     for seq, token_id in zip(sequences, token_ids, strict=True):
         if seq.grammar is not None and token_id is not None and not seq.is_finished:
@@ -150,20 +145,22 @@ def take_tokens(sequences: Iterable[Sequence], token_ids: Iterable[int | None]) 
 def mask_logits(
     logits: Tensor, sequences: list[tuple[int, Sequence]], to_device: Callable[[ArrayLike], Tensor]
 ) -> None:
-    """Set the logits of tokens that the sequences' grammars do not allow to -inf, in place."""
+    """Set the logits of tokens that the sequences' grammars do not allow to -inf, in place. A completion's first mask is computed
+    here."""
     if new := [seq.grammar for _, seq in sequences if seq.grammar.masks is None]:
         Masks(new)
-    places: dict[Masks, list[tuple[int, int]]] = {}  # which of the logits have which of the masks
+    batches: dict[Masks, list[tuple[int, Sequence]]] = {}
     for i, seq in sequences:
-        masks, index = seq.grammar.masks, seq.grammar.index
-        places.setdefault(masks, []).append((i, index))
-        if seq.params.ignore_eos:
-            _ban_end(masks.wait()[index].numpy().view(np.uint32), seq.eos_token_ids)
-    for masks, pairs in places.items():
-        rows, indices = to_device(pairs).unbind(1)
-        octets = masks.wait().to(logits.device, non_blocking=True).index_select(0, indices).view(torch.uint8)
+        batches.setdefault(seq.grammar.masks, []).append((i, seq))
+    for masks, members in batches.items():
+        words = masks.wait()
+        for _, seq in members:
+            if seq.params.ignore_eos:
+                _ban_end(words[seq.grammar.index].numpy().view(np.uint32), seq.eos_token_ids)
+        rows, indices = to_device([(i, seq.grammar.index) for i, seq in members]).unbind(1)
+        octets = words.to(logits.device, non_blocking=True).index_select(0, indices).view(torch.uint8)
         is_banned = (octets.unsqueeze(2) & _bits(logits.device) == 0).flatten(1)[:, : logits.shape[1]]
-        if len(pairs) == len(logits):
+        if len(members) == len(logits):
             logits.masked_fill_(is_banned, -torch.inf)
         else:
             logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(is_banned, -torch.inf))
