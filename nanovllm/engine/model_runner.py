@@ -117,32 +117,25 @@ class ModelRunner:
 
     def pack(self, step: Step) -> PackedStep:
         """What all ranks must know of a step. Decode rows are padded to the size of a graph."""
-        decodes, chunks, batches, sampled = step.decodes, step.chunks, [], []
+        decodes, chunks, batches = step.decodes, step.chunks, []
         table_indices, table_blocks = self.prefixes.update(step)
         if decodes:
-            num_rows = len(decodes)
-            padded = [*decodes, *[padding(1)] * (self.graphs.padded_size(num_rows) - num_rows)]
-            batch = pack_decodes(padded, self.backend, self.prefixes)
-            sampled.append((batch.rows[:num_rows], batch.context_lens[:num_rows]))
+            num_padding = self.graphs.padded_size(len(decodes)) - len(decodes)
+            batch = pack_decodes(decodes + [padding(1)] * num_padding, self.backend, self.prefixes)
             # Where no chunks follow, padding has logits too: to leave it out would cost a copy.
-            batches.append(batch._replace(logits_indices=slice(num_rows)) if chunks else batch)
+            batches.append(batch._replace(logits_indices=slice(len(decodes) if chunks else None)))
         if chunks:
             num_padding = -step.num_prefill_tokens % TOKEN_MULTIPLE if self.model.is_compiled else 0
-            batch = pack_chunks([*chunks, padding(num_padding)] if num_padding else chunks, self.backend)
-            sampled.append((batch.token_rows[batch.logits_indices], batch.positions[batch.logits_indices] + 1))
-            batches.append(batch)
-        sampled_rows, sampled_positions = (
-            sampled[0] if len(sampled) == 1 else map(np.concatenate, zip(*sampled, strict=True))
-        )
-        vocab_size = self.model_config.vocab_size
+            batches.append(pack_chunks([*chunks, padding(num_padding)] if num_padding else chunks, self.backend))
+        vocab_size, sampled = self.model_config.vocab_size, step.sampled
         return PackedStep(
             batches=batches,
             table_indices=table_indices,
             table_blocks=table_blocks,
             new_rows=int32([seq.row for seq in step.admitted]),
             new_sampling=int32([pack_sampling(seq.params, seq.seed, vocab_size) for seq in step.admitted]),
-            sampled_rows=sampled_rows,
-            sampled_positions=sampled_positions,
+            sampled_rows=int32([chunk.seq.row for chunk in sampled]),
+            sampled_positions=int32([chunk.end for chunk in sampled]),
             scored_slices=self._scored_slices(chunks),
             scored_ids=int32([chunk.seq.token_ids[i] for chunk in chunks for i in chunk.scored]),
         )
@@ -165,14 +158,14 @@ class ModelRunner:
         hidden, logits = [], None
         for batch, sent_batch in zip(packed.batches, sent.batches, strict=True):
             if batch.is_decode and self.graphs.sizes:
-                computed, logits = self.graphs.replay(len(batch.rows))
+                last, logits = self.graphs.replay(len(batch.rows))
             else:
-                computed, logits = self._compute(self.tables.batch(batch, sent_batch)), None
-            hidden.append(computed)
+                last, logits = self._compute(self.tables.batch(batch, sent_batch)), None
+            hidden.append(last)
         prompt_logprobs = self._score_prompts(packed.scored_slices, sent.scored_ids, hidden[-1])
         if logits is None:
-            last = [h[batch.logits_indices] for h, batch in zip(hidden, sent.batches, strict=True)]
-            logits = self._logits(last[0] if len(last) == 1 else torch.cat(last))
+            rows = [h[batch.logits_indices] for h, batch in zip(hidden, sent.batches, strict=True)]
+            logits = self._logits(rows[0] if len(rows) == 1 else torch.cat(rows))
         num_sampled = len(sent.sampled_rows)
         return StepInFlight(step, logits[:num_sampled], sent.sampled_rows, sent.sampled_positions, prompt_logprobs)
 
