@@ -6,7 +6,7 @@ from collections import Counter
 from itertools import count
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
@@ -17,8 +17,9 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.shared_prefixes import MAX_PARTS_PER_ROW, SharedPrefixes
 
 
-def sequence(token_ids, request_id=0, max_tokens=1, **fields):
-    return Sequence(request_id, array("i", token_ids), SamplingParams(max_tokens=max_tokens), 0, max_tokens, **fields)
+def sequence(token_ids, request_id=0, max_tokens=1, is_scored=False, **fields):
+    params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=0 if is_scored else None)
+    return Sequence(request_id, array("i", token_ids), params, 0, max_tokens, **fields)
 
 
 def next_token(token_ids):
@@ -107,7 +108,8 @@ class FakeDevice:
             drawn.append(self.last_token[row])
             if not chunk.seq.is_finished:
                 assert context == list(chunk.seq.token_ids), "the history is known, and the KV is this sequence's"
-        return drawn
+        scores = [(position, 1, [], []) for chunk in step.chunks for position in chunk.scored]
+        return step, drawn, (), scores
 
 
 def check_invariants(scheduler):
@@ -128,7 +130,7 @@ def run(sequences, scheduler, overlapped, aborts=()):
     device = FakeDevice(scheduler.block_manager.block_size)
     for seq in sequences:
         scheduler.add(seq)
-    launched, in_flight, num_steps = None, (Step(), []), 0
+    launched, in_flight, num_steps = None, (Step(), []), 0  # and what each gave
 
     def plan():
         step = scheduler.schedule()
@@ -144,13 +146,14 @@ def run(sequences, scheduler, overlapped, aborts=()):
         scheduler.abort({request_id for turn, request_id in aborts if turn == num_steps})
         if not scheduler.has_unfinished:
             break
+        if overlapped:
+            commit()
         if launched is None and (step := plan()):
             launched = step, device.forward(step)
         assert launched or in_flight[1], "stuck"
         if overlapped:
-            commit()
             step = plan()
-        in_flight = (launched[0], device.sample(*launched)) if launched else (Step(), [])
+        in_flight = device.sample(*launched) if launched else (Step(), [])
         if overlapped:
             launched = (step, device.forward(step)) if step else None
         else:
@@ -179,10 +182,20 @@ sharing = st.builds(
     st.integers(1, 12),
 )
 prompts = sharing | st.lists(st.integers(0, 1), min_size=1, max_size=12)
-request = st.tuples(prompts, st.integers(1, 20), st.sampled_from([0, 1, -1]))
+request = st.tuples(prompts, st.integers(1, 20), st.sampled_from([0, 1, -1]), st.booleans())
 
 
 @settings(max_examples=300, deadline=None)
+@example(  # a prompt is preempted while the log-probabilities of its first chunk are on their way, and nothing else runs
+    requests=[([16, 17], 2, -1, False), ([3, 3, 7, 1, 6, 10, 21], 2, -1, True)],
+    aborts=[],
+    rows=2,
+    budget=5,
+    spare_blocks=1,
+    block_size=1,
+    overlapped=True,
+    caching=False,
+)
 @given(
     requests=st.lists(request, min_size=1, max_size=12),
     aborts=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 11)), max_size=3),
@@ -193,12 +206,12 @@ request = st.tuples(prompts, st.integers(1, 20), st.sampled_from([0, 1, -1]))
     overlapped=st.booleans(),
     caching=st.booleans(),
 )
-def test_random_workloads_read_only_their_own_kv_and_leak_nothing(
+def test_random_workloads_read_only_their_own_kv_score_prompts_once_and_leak_nothing(
     requests, aborts, rows, budget, spare_blocks, block_size, overlapped, caching
 ):
     sequences, expected = [], []
-    for i, (prompt, max_tokens, eos) in enumerate(requests):
-        sequences.append(sequence(prompt, i, max_tokens, eos_token_ids=frozenset({eos})))
+    for i, (prompt, max_tokens, eos, is_scored) in enumerate(requests):
+        sequences.append(sequence(prompt, i, max_tokens, is_scored, eos_token_ids=frozenset({eos})))
         expected.append(completion_alone(prompt, max_tokens, eos))
     needed = max(-(-(len(s.token_ids) + s.max_tokens) // block_size) for s in sequences)
     manager = BlockManager(needed + 1 + spare_blocks, block_size, caching)
@@ -209,6 +222,8 @@ def test_random_workloads_read_only_their_own_kv_and_leak_nothing(
             assert seq.completion_token_ids == completion[: seq.num_completion_tokens]
         else:
             assert seq.completion_token_ids == completion
+            scored = [candidate.logprob for found in seq.prompt_logprobs[1:] for candidate in found.values()]
+            assert scored == list(range(1, seq.num_prompt_tokens) if seq.params.prompt_logprobs == 0 else [])
 
 
 def test_what_rows_share_is_found_anew_for_new_sequences():
@@ -272,7 +287,7 @@ def test_admission_comes_in_bunches():
         scheduler.add(sequence([i % 23], i, 1 + 13 * i % 199))
     while scheduler.has_unfinished:
         step = scheduler.schedule()
-        scheduler.commit(step, device.sample(step, device.forward(step)))
+        scheduler.commit(*device.sample(step, device.forward(step)))
         num_steps += 1
         num_mixed += step.num_decode_tokens > 0 and step.num_prefill_tokens > 0
     assert num_mixed < num_steps / 4

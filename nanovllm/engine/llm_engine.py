@@ -96,12 +96,12 @@ class LLMEngine:
         self.to_abort = []
         try:
             with _on_device(runner.device):
+                committed = self._commit()
                 if self.launched is None:  # at the start, or after a turn in which there was nothing to plan
                     self.launched = self._launch(self._plan())
                 if not self.config.async_scheduling:
                     self._sample()
                     return self._commit()
-                committed = self._commit()
                 planned = self._plan()
                 self._sample()  # before the next launch, which writes where this step's rows and logits are
                 self.launched = self._launch(planned)
