@@ -367,16 +367,16 @@ size = memory_bytes(len(paths), capacity)
 memories = [torch.from_file(path, shared=True, size=size, dtype=torch.uint8) for path in paths]
 addresses = torch.tensor([memory.data_ptr() for memory in memories])
 turns, stop = torch.zeros(PROGRAMS, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
-for turn in range(8):
+for turn in range(4):
     dtype = (torch.float32, torch.float16)[turn % 2]
-    inputs = torch.randn(len(paths), (64, 2048, 40, 1000)[turn // 2], generator=torch.Generator().manual_seed(turn)).to(dtype)
+    inputs = torch.randn(len(paths), (64, 2048, 1000, 40)[turn], generator=torch.Generator().manual_seed(turn)).to(dtype)
     x = inputs[rank].clone()
     all_reduce(x, addresses, turns, stop, rank, capacity)
     assert torch.equal(x, sum(inputs.float()).to(dtype)), turn
 """
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_all_reduce_of_processes(num_ranks, tmp_path):
     """They wait for each other in the interpreter, and share files in place of GPUs' memory."""
     paths = [str(tmp_path / str(rank)) for rank in range(num_ranks)]

@@ -155,7 +155,7 @@ requests = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     workload=st.lists(requests, min_size=1, max_size=10),
     rows=st.integers(1, 6),
