@@ -77,14 +77,12 @@ class TritonAttention(AttentionBackend):
     def prepare(self, batch: Batch) -> Any:
         if not batch.is_decode:
             return None
-        num_parts = len(batch.work_list[2])
+        num_parts, num_heads = len(batch.work_list[2]), self.num_kv_heads * self.heads_per_kv
         new = partial(torch.empty, dtype=torch.float32, device=batch.rows.device)
         return Workspace(
-            new(num_parts, self.num_kv_heads * self.heads_per_kv, self.shape["D"]),
-            new(num_parts, self.num_kv_heads * self.heads_per_kv),
-            torch.zeros(
-                len(batch.rows), self.num_kv_heads * self.heads_per_kv, dtype=torch.int32, device=batch.rows.device
-            ),
+            new(num_parts, num_heads, self.shape["D"]),
+            new(num_parts, num_heads),
+            torch.zeros(len(batch.rows), num_heads, dtype=torch.int32, device=batch.rows.device),
         )
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> Tensor:

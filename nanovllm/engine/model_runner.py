@@ -1,6 +1,7 @@
 """ModelRunner: owns the device: weights, KV cache, the rows' tables. It launches steps and never waits for the device.
 
-On a GPU nothing between planning a step and launching it synchronises; the only wait is `StepInFlight.wait`.
+On a GPU nothing between planning a step and sampling it synchronises; the only wait for the device is `StepInFlight.wait`. Where
+sequences have grammars, `sample` waits for their masks, which threads of the CPU compute.
 """
 
 from collections.abc import Callable, Iterable

@@ -45,9 +45,8 @@ def replace_weights(engine: LLMEngine, source: Weights) -> None:
         folder = Path(source).absolute()
         tensors = read_headers(folder)
         fill = partial(fill_from_files, runner, tensors)
-        on_all_ranks = (
-            engine.workers.all_ranks(pickle.dumps(folder), is_step=False) if engine.workers else nullcontext()
-        )
+        if engine.workers is not None:
+            on_all_ranks = engine.workers.all_ranks(pickle.dumps(folder), is_step=False)
     elif not isinstance(source, Iterable):
         raise TypeError(f"source must be a folder or an iterable of (name, tensor), got {source!r}")
     elif engine.workers is not None:
@@ -56,10 +55,8 @@ def replace_weights(engine: LLMEngine, source: Weights) -> None:
         fill = partial(fill_from_tensors, runner, source)
     with plain_weights(runner):
         match_tensors(runner.model, tensors, is_whole=False)  # before anything is replaced, on any rank
-        before, engine.why_refused = (
-            engine.why_refused,
-            "its weights are incomplete: load_weights() must load all of them",
-        )
+        before = engine.why_refused
+        engine.why_refused = "its weights are incomplete: load_weights() must load all of them"
         engine.scheduler.block_manager.forget_all()
         with on_all_ranks:
             is_whole = fill()

@@ -134,12 +134,13 @@ def threads() -> tuple[ThreadPoolExecutor, list[Any]]:
 
 def take_tokens(sequences: Iterable[Sequence], token_ids: Iterable[int | None]) -> None:
     """Give the grammars of these sequences their tokens, and start computing the next masks of those that go on."""
-    grammars = []
+    going_on = []
     for seq, token_id in zip(sequences, token_ids, strict=True):
         if seq.grammar is not None and token_id is not None and not seq.is_finished:
             seq.grammar.take(token_id)
-            grammars.append(seq.grammar)
-    Masks([grammar for grammar in grammars if grammar.is_valid and not grammar.is_complete])
+            if seq.grammar.is_valid and not seq.grammar.is_complete:
+                going_on.append(seq.grammar)
+    Masks(going_on)
 
 
 def mask_logits(
