@@ -125,7 +125,7 @@ def decode_tiles(head_dim: int, group: int, dtype: torch.dtype, has_descriptors:
     is_large = dtype == torch.float32 and rows * head_dim > 8192  # of the largest tiles two stages do not fit
     return {
         "M": rows, "N": tokens, "M_SHARED": max(32, rows) if has_descriptors else rows,
-        "num_warps": 4, "num_stages": 1 if is_large else 2, "maxnreg": 168 if has_descriptors else None,
+        "num_warps": 4, "num_stages": 1 if is_large else 2, "maxnreg": 160 if has_descriptors else None,
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ def attend_to_tiles(
     BLOCK_SIZE: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Add the tokens start … end-1 to a softmax. Where MASKED, those after `position` [M] are left out.
+    """Add the tokens start … end-1 to a softmax. Where MASKED, those after `position` [M or 1, 1] are left out.
 
     With descriptors of the caches' tiles [N, D], one thread asks for a tile, and the GPU's copy engine brings it: a whole one, that
     all rows of q see. Else tiles are loaded by address, with zeros after `end`: what is left there may be NaN.
@@ -32,19 +32,23 @@ def attend_to_tiles(
     else:
         for n0 in range(start, end, N):
             live = n0 + n < end
-            if BLOCK_SIZE % N == 0:
-                slot = tl.load(table + n0 // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE + (n0 % BLOCK_SIZE + n)
+            mask = live[:, None] & (d < D)[None, :]
+            k_tile, v_tile = k_cache, v_cache
+            if BLOCK_SIZE % N == 0:  # a tile is in one block: its addresses are a base and offsets that stay
+                slot = tl.load(table + n0 // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE + n0 % BLOCK_SIZE
+                k_tile += (slot * H_KV + h) * D
+                v_tile += (slot * H_KV + h) * D
+                at = n[:, None] * (H_KV * D) + d[None, :]
             else:
                 block = tl.load(table + (n0 + n) // BLOCK_SIZE, mask=live, other=0)
                 slot = block.to(tl.int64) * BLOCK_SIZE + (n0 + n) % BLOCK_SIZE
-            at = (slot[:, None] * H_KV + h) * D + d[None, :]
-            mask = live[:, None] & (d < D)[None, :]
-            k = tl.load(k_cache + at, mask=mask, other=0.0)  # [N, D]
+                at = (slot[:, None] * H_KV + h) * D + d[None, :]
+            k = tl.load(k_tile + at, mask=mask, other=0.0)  # [N, D]
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
             if MASKED:
-                scores = tl.where(live[None, :] & ((n0 + n)[None, :] <= position[:, None]), scores, float("-inf"))
+                scores = tl.where((n0 + n)[None, :] <= position, scores, float("-inf"))
             p, acc, row_max, row_sum = add_scores(scores, scale, acc, row_max, row_sum)
-            v = tl.load(v_cache + at, mask=mask, other=0.0)
+            v = tl.load(v_tile + at, mask=mask, other=0.0)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, row_max, row_sum
 
@@ -111,7 +115,7 @@ def attend_to_items(
         acc = tl.zeros([M, DP], tl.float32)
         row_max = tl.full([M], float("-inf"), tl.float32)
         row_sum = tl.zeros([M], tl.float32)
-        position = tl.full([M], end - 1, tl.int32)
+        position = tl.full([1, 1], end - 1, tl.int32)
         acc, row_max, row_sum = attend_to_tiles(
             q, k_cache, v_cache, table, start, end, position, h, scale, acc, row_max, row_sum,
             BLOCK_SIZE, H_KV, D, DP, N, PRECISION, True, HAS_DESCRIPTORS,
@@ -189,7 +193,7 @@ def prompt_attention_kernel(
     table = block_tables + tl.load(rows + tl.load(item)).to(tl.int64) * table_stride
     mask = (token < num_tokens)[:, None] & (d < D)[None, :]
     q = tl.load(q_ptr + (row * q_stride + head * D)[:, None] + d[None, :], mask=mask, other=0.0)
-    position = first_position + token
+    position = (first_position + token)[:, None]
     acc = tl.zeros([M, DP], tl.float32)
     row_max = tl.full([M], float("-inf"), tl.float32)
     row_sum = tl.zeros([M], tl.float32)
