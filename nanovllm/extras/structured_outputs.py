@@ -5,12 +5,12 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
-from threading import Semaphore
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +27,7 @@ class Grammar:
     """What a completion may still become, and which tokens may come next."""
 
     def __init__(self, matcher: Any, vocab_size: int):
-        self.matcher = matcher  # llguidance's, which other threads use while masks are computed
+        self.matcher = matcher  # llguidance's, which another thread uses while masks are computed
         self.vocab_size = vocab_size
         self.is_valid = True  # the last token was allowed
         self.is_complete = False  # nothing may follow
@@ -36,13 +36,6 @@ class Grammar:
 
     def copy(self) -> "Grammar":
         return Grammar(self.matcher.deep_copy(), self.vocab_size)
-
-    def take(self, token_id: int) -> None:
-        """Take the next token of the completion."""
-        self.masks = None
-        # Where making the mask failed, it allowed the end alone.
-        self.is_valid = self.matcher.consume_token(token_id) and not self.matcher.is_error()
-        self.is_complete = self.matcher.is_stopped()
 
 
 def new_grammar(
@@ -92,55 +85,60 @@ def guidance_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_
 
 
 class Masks:
-    """Which tokens may come next by each of some grammars, on their way: threads compute them while Python goes on."""
+    """Which tokens may come next by each of some grammars, on their way: a thread computes them while Python goes on."""
 
     def __init__(self, grammars: list[Grammar]):
-        num_words = max((-(-grammar.vocab_size // 32) for grammar in grammars), default=0)
+        num_words = -(-grammars[0].vocab_size // 32)
         # Sent to a GPU without waiting: PyTorch gives pinned memory out again only when the copy from it is done.
         pin_memory = torch.cuda.is_initialized()
         self.words = torch.empty(len(grammars), num_words, dtype=torch.int32, pin_memory=pin_memory)
-        indexed = [(grammar.matcher, i) for i, grammar in enumerate(grammars)]
-        begun = Semaphore(0)
-
-        def compute(executor: Any, part: list[tuple[Any, int]]) -> None:
-            begun.release()
-            executor.unsafe_compute_mask_ptr(part, self.words.data_ptr(), num_words * 4, len(indexed))
-
-        pool, executors = threads()
-        parts = [indexed[i :: len(executors)] for i in range(min(len(executors), len(indexed)))]
-        self._computed = [pool.submit(compute, *work) for work in zip(executors, parts, strict=False)]
-        # A thread gives up Python's lock when it computes. One that has not begun would wait until this one gives it up.
-        for _ in parts:
-            begun.acquire()
         for i, grammar in enumerate(grammars):
             grammar.masks, grammar.index = self, i
+        indexed = [(grammar.matcher, i) for i, grammar in enumerate(grammars)]
+        begun = SimpleQueue[None]()
+
+        def compute() -> None:
+            begun.put(None)
+            executor.unsafe_compute_mask_ptr(indexed, self.words.data_ptr(), num_words * 4, len(indexed))
+
+        thread, executor = worker()
+        self._computed = thread.submit(compute)
+        # The thread gives up Python's lock when it computes. Had it not begun, it would wait until this one gives it up.
+        begun.get()
 
     def wait(self) -> Tensor:
         """int32 [grammars, vocabulary / 32], of whose bits, the lowest first, those of allowed tokens are 1."""
-        for computed in self._computed:
-            computed.result()
+        self._computed.result()
         return self.words
 
 
 @cache
-def threads() -> tuple[ThreadPoolExecutor, list[Any]]:
-    """Threads, and for each an executor of one: llguidance's own division of the work takes longer than most masks."""
+def worker() -> tuple[ThreadPoolExecutor, Any]:
+    """One thread, and what computes in it: the copies of a grammar share a lexer, which more threads would wait for in turn."""
     from llguidance import LLExecutor
 
-    os.register_at_fork(after_in_child=threads.cache_clear)  # a fork does not copy them
-    num_threads = min(NUM_THREADS, os.cpu_count() or 1)
-    return ThreadPoolExecutor(num_threads, "masks"), [LLExecutor(num_threads=1) for _ in range(num_threads)]
+    os.register_at_fork(after_in_child=worker.cache_clear)  # a fork does not copy it
+    return ThreadPoolExecutor(1, "masks"), LLExecutor(num_threads=1)
 
 
 def take_tokens(sequences: Iterable[Sequence], token_ids: Iterable[int | None]) -> None:
     """Give the grammars of these sequences their tokens, and start computing the next masks of those that go on."""
+    taken = [
+        (seq.grammar, token_id)
+        for seq, token_id in zip(sequences, token_ids, strict=True)
+        if seq.grammar is not None and token_id is not None and not seq.is_finished
+    ]
+    worker()[1].consume_token_par([(grammar.matcher, token_id) for grammar, token_id in taken])
     going_on = []
-    for seq, token_id in zip(sequences, token_ids, strict=True):
-        if seq.grammar is not None and token_id is not None and not seq.is_finished:
-            seq.grammar.take(token_id)
-            if seq.grammar.is_valid and not seq.grammar.is_complete:
-                going_on.append(seq.grammar)
-    Masks(going_on)
+    for grammar, _ in taken:
+        grammar.masks = None
+        if grammar.matcher.is_stopped():
+            # A token that is not allowed is an error, and so is a mask that could not be made, which allowed the end alone.
+            grammar.is_complete, grammar.is_valid = True, not grammar.matcher.is_error()
+        else:
+            going_on.append(grammar)
+    if going_on:
+        Masks(going_on)
 
 
 def mask_logits(
@@ -148,34 +146,28 @@ def mask_logits(
 ) -> None:
     """Set the logits of tokens that the sequences' grammars do not allow to -inf, in place. A completion's first mask is computed
     here."""
-    if new := [seq.grammar for _, seq in sequences if seq.grammar.masks is None]:
+    grammars = [seq.grammar for _, seq in sequences]
+    if new := [grammar for grammar in grammars if grammar.masks is None]:
         Masks(new)
-    batches: dict[Masks, list[tuple[int, Sequence]]] = {}
-    for i, seq in sequences:
-        batches.setdefault(seq.grammar.masks, []).append((i, seq))
-    for masks, members in batches.items():
-        words = masks.wait()
-        for _, seq in members:
-            if seq.params.ignore_eos:
-                _ban_end(words[seq.grammar.index].numpy().view(np.uint32), seq.eos_token_ids)
-        rows, indices = to_device([(i, seq.grammar.index) for i, seq in members]).unbind(1)
-        octets = words.to(logits.device, non_blocking=True).index_select(0, indices).view(torch.uint8)
-        is_banned = (octets.unsqueeze(2) & _bits(logits.device) == 0).flatten(1)[:, : logits.shape[1]]
+    for masks in {grammar.masks for grammar in grammars}:
+        members = [(i, seq) for i, seq in sequences if seq.grammar.masks is masks]
+        indices = [seq.grammar.index for _, seq in members]
+        ignores_end = [seq.params.ignore_eos for _, seq in members]
+        words = masks.wait().to(logits.device, non_blocking=True)
+        if indices != list(range(len(words))):  # some have ended since
+            words = words.index_select(0, to_device(indices))
+        is_banned = (words.view(torch.uint8).unsqueeze(2) & _bits(logits.device) == 0).flatten(1)[:, : logits.shape[1]]
+        if any(ignores_end):
+            ends = to_device(np.array(sorted(members[0][1].eos_token_ids), np.int64))  # the model's
+            can_go_on = ~is_banned.index_fill(1, ends, True).all(1)
+            is_banned[:, ends] |= (to_device(ignores_end) & can_go_on).unsqueeze(1)
         if len(members) == len(logits):
             logits.masked_fill_(is_banned, -torch.inf)
         else:
+            rows = to_device([i for i, _ in members])
             logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(is_banned, -torch.inf))
 
 
 @cache
 def _bits(device: torch.device) -> Tensor:
     return (1 << torch.arange(8, device=device)).byte()
-
-
-def _ban_end(mask: NDArray[np.uint32], eos_token_ids: frozenset[int]) -> None:
-    """Unless the completion can only end."""
-    with_end = mask.copy()
-    for token_id in eos_token_ids:
-        mask[token_id // 32] &= ~np.uint32(1 << token_id % 32)
-    if not mask.any():
-        mask[:] = with_end
