@@ -1,7 +1,7 @@
 """ModelRunner: owns the device: weights, KV cache, the rows' tables. It launches steps and never waits for the device.
 
 On a GPU nothing between planning a step and sampling it synchronises; the only wait for the device is `StepInFlight.wait`. Where
-sequences have grammars, `sample` waits for their masks, which threads of the CPU compute.
+sequences have grammars, `sample` waits for their masks, which a thread computes.
 """
 
 from collections.abc import Callable, Iterable
@@ -200,7 +200,8 @@ class ModelRunner:
         sequences = [chunk.seq for chunk in launched.step.sampled]
         if sequences:
             with_extras = [(i, seq) for i, seq in enumerate(sequences) if seq.needs_extras]
-            with_rules = [(i, seq) for i, seq in with_extras if seq.has_logit_rules and not seq.is_finished]
+            unfinished = [(i, seq) for i, seq in with_extras if not seq.is_finished]
+            with_rules = [(i, seq) for i, seq in unfinished if seq.grammar is not None or seq.has_logit_rules]
             logits = raw_logits
             if with_rules:
                 from nanovllm.extras.logit_rules import apply_rules

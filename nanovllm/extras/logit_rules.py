@@ -16,10 +16,11 @@ Indexed = list[tuple[int, Sequence]]  # sequences, and which of the logits are t
 def apply_rules(logits: Tensor, sequences: Indexed, to_device: ToDevice) -> Tensor:
     """A float32 copy of the logits [S, vocabulary] in which those of `sequences` are changed by their rules."""
     logits = logits.to(torch.float32, copy=True)
-    _penalize(logits, sequences, to_device)
-    _add_bias(logits, sequences, to_device)
-    _keep_allowed(logits, sequences, to_device)
-    for i, seq in sequences:
+    with_rules = [(i, seq) for i, seq in sequences if seq.has_logit_rules]  # where there are grammars, often none
+    _penalize(logits, with_rules, to_device)
+    _add_bias(logits, with_rules, to_device)
+    _keep_allowed(logits, with_rules, to_device)
+    for i, seq in with_rules:
         for processor, takes_prompt in seq.processors:
             prompt = [list(seq.token_ids[: seq.num_prompt_tokens])] if takes_prompt else []
             row = processor(*prompt, seq.completion_token_ids, logits[i])
