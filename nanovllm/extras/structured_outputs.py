@@ -20,8 +20,6 @@ from nanovllm.sampling_params import StructuredOutputsParams
 # Exactly these separators: where spaces are free, some models write spaces without end.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
-NUM_THREADS = 4  # waking more takes longer than what they do
-
 
 class Grammar:
     """What a completion may still become, and which tokens may come next."""
