@@ -200,8 +200,7 @@ class ModelRunner:
         sequences = [chunk.seq for chunk in launched.step.sampled]
         if sequences:
             with_extras = [(i, seq) for i, seq in enumerate(sequences) if seq.needs_extras]
-            unfinished = [(i, seq) for i, seq in with_extras if not seq.is_finished]
-            with_rules = [(i, seq) for i, seq in unfinished if seq.grammar is not None or seq.has_logit_rules]
+            with_rules = [(i, seq) for i, seq in with_extras if seq.has_logit_rules and not seq.is_finished]
             logits = raw_logits
             if with_rules:
                 from nanovllm.extras.logit_rules import apply_rules

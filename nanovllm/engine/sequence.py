@@ -44,7 +44,7 @@ class Sequence:
     grammar: Any = None  # what its structured outputs may still become, see extras.structured_outputs
 
     num_prompt_tokens: int = field(init=False)
-    needs_extras: bool = field(init=False)  # logit rules, a grammar, truncation or log-probabilities
+    needs_extras: bool = field(init=False)  # logit rules, truncation or log-probabilities
     has_lasting_rules: bool = field(init=False)  # logit rules beside a grammar that hold to its end
     stop_token_ids: frozenset[int] = field(init=False)
     allowed_token_ids: NDArray[np.int64] | None = field(init=False)
@@ -75,12 +75,15 @@ class Sequence:
         self.allowed_token_ids = np.array(p.allowed_token_ids) if p.allowed_token_ids else None
         self.processors = [(f, _takes_prompt(f)) for f in p.logits_processors or ()]
         self.has_lasting_rules = bool(p.is_penalized or p.logit_bias or p.allowed_token_ids or self.processors)
-        has_rules = self.has_logit_rules or self.grammar is not None
-        self.needs_extras = has_rules or p.is_truncated or p.logprobs is not None
+        self.needs_extras = self.has_logit_rules or p.is_truncated or p.logprobs is not None
 
     @property
     def has_logit_rules(self) -> bool:
-        """Whether the logits of the next token are changed before temperature, by more than a grammar."""
+        """Whether the logits of the next token are changed before temperature."""
+        return self.grammar is not None or self.has_rules_beside_grammar
+
+    @property
+    def has_rules_beside_grammar(self) -> bool:
         return self.has_lasting_rules or self.num_completion_tokens < self.params.min_tokens
 
     @property

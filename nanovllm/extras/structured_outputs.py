@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from queue import SimpleQueue
@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.engine.sequence import Sequence
+from nanovllm.extras.logit_rules import Indexed, ToDevice
 from nanovllm.sampling_params import StructuredOutputsParams
 
 # Exactly these separators: where spaces are free, some models write spaces without end.
@@ -115,8 +115,10 @@ def worker() -> tuple[ThreadPoolExecutor, Any]:
     """One thread, and what computes in it: the copies of a grammar share a lexer, which more threads would wait for in turn."""
     from llguidance import LLExecutor
 
-    os.register_at_fork(after_in_child=worker.cache_clear)  # a fork does not copy it
     return ThreadPoolExecutor(1, "masks"), LLExecutor(num_threads=1)
+
+
+os.register_at_fork(after_in_child=worker.cache_clear)  # a fork does not copy the thread
 
 
 def take_tokens(sequences: Iterable[Sequence], token_ids: Iterable[int | None]) -> None:
@@ -139,9 +141,7 @@ def take_tokens(sequences: Iterable[Sequence], token_ids: Iterable[int | None]) 
         Masks(going_on)
 
 
-def mask_logits(
-    logits: Tensor, sequences: list[tuple[int, Sequence]], to_device: Callable[[ArrayLike], Tensor]
-) -> None:
+def mask_logits(logits: Tensor, sequences: Indexed, to_device: ToDevice) -> None:
     """Set the logits of tokens that the sequences' grammars do not allow to -inf, in place. A completion's first mask is computed
     here."""
     grammars = [seq.grammar for _, seq in sequences]

@@ -33,16 +33,16 @@ def attend_to_tiles(
         for n0 in range(start, end, N):
             live = n0 + n < end
             mask = live[:, None] & (d < D)[None, :]
-            k_tile, v_tile = k_cache, v_cache
             if BLOCK_SIZE % N == 0:  # a tile is in one block: its addresses are a base and offsets that stay
                 slot = tl.load(table + n0 // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE + n0 % BLOCK_SIZE
-                k_tile += (slot * H_KV + h) * D
-                v_tile += (slot * H_KV + h) * D
+                base = (slot * H_KV + h) * D
                 at = n[:, None] * (H_KV * D) + d[None, :]
             else:
                 block = tl.load(table + (n0 + n) // BLOCK_SIZE, mask=live, other=0)
                 slot = block.to(tl.int64) * BLOCK_SIZE + (n0 + n) % BLOCK_SIZE
+                base = 0
                 at = (slot[:, None] * H_KV + h) * D + d[None, :]
+            k_tile, v_tile = k_cache + base, v_cache + base
             k = tl.load(k_tile + at, mask=mask, other=0.0)  # [N, D]
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
             if MASKED:
