@@ -58,11 +58,11 @@ class GraniteLayer(DecoderLayer):
     def forward(
         self, x: Tensor, residual: Tensor, rotary: Rotary, cache: KVCache, batch: Batch
     ) -> tuple[Tensor, Tensor]:
-        residual = residual + x
-        qkv = self.self_attn.qkv_proj(self.input_layernorm(residual))
-        x = self.self_attn.o_proj(self.self_attn.attend(qkv, rotary, cache, batch))
-        residual = residual + x * self.multiplier
-        return self.mlp(self.post_attention_layernorm(residual)) * self.multiplier, residual
+        attention, mlp = self.self_attn, self.mlp
+        qkv, residual = attention.qkv_proj.after_norm(self.input_layernorm, x, residual)
+        x = attention.o_proj(attention.attend(qkv, rotary, cache, batch)) * self.multiplier
+        hidden, residual = mlp.gate_up_proj.after_norm(self.post_attention_layernorm, x, residual)
+        return mlp.down_proj(hidden) * self.multiplier, residual
 
 
 class Granite(Decoder):

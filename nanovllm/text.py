@@ -141,7 +141,7 @@ class CompletionText:
         new = self.detokenizer.add(token_id)
         known = len(self.text)
         self.text += new
-        if not new or not may_stop:
+        if not new or not may_stop or not self.stop:
             return None
         starts = {stop: self.text.find(stop, max(0, known - len(stop) + 1)) for stop in self.stop}
         found = min((stop for stop in self.stop if starts[stop] >= 0), key=starts.__getitem__, default=None)

@@ -24,6 +24,7 @@ from nanovllm.engine.batch import Batch, int32
 from nanovllm.engine.shared_prefixes import MAX_PARTS_PER_ROW, SharedPrefixes, SharedRuns, nested_runs
 from nanovllm.extras import logprobs, logprobs_kernel, truncation, truncation_kernel
 from nanovllm.kernels.gumbel import gumbel_max
+from nanovllm.layers.linear import Linear
 from nanovllm.layers.rotary import RopeConfig, RotaryEmbedding
 from nanovllm.layers.sampler import SamplingBatch, gumbel_noise, pack_sampling
 from nanovllm.parallel.all_reduce import PROGRAMS, all_reduce, memory_bytes
@@ -256,6 +257,33 @@ def pack(params, vocab_size, device, first_seed=0):
     """The parameters of rows, as a device has them, and the rows' numbers."""
     packed = [pack_sampling(SamplingParams(**p), first_seed + i, vocab_size) for i, p in enumerate(params)]
     return torch.from_numpy(np.array(packed)).to(device), torch.arange(len(params), dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 8, 9, 16])
+@pytest.mark.parametrize(("in_features", "out_features"), [(96, 48), (1000, 74), (2048, 130)])
+@pytest.mark.parametrize("is_gated", [False, True])
+@precisions
+def test_products_of_few_rows(num_rows, in_features, out_features, is_gated, is_half, device):
+    """With and without what is added to a product: a bias, a norm before it, a residual before that."""
+    dtype = HALF[device] if is_half else torch.float32
+    generator = torch.Generator().manual_seed(num_rows)
+
+    def random(*sizes):
+        return torch.randn(*sizes, generator=generator).to(device, dtype)
+
+    norm = torch.nn.RMSNorm(in_features, 1e-5, device=device, dtype=dtype).requires_grad_(False)
+    norm.weight.copy_(1 + random(in_features) / 5)
+    for has_bias, residual in (True, random(num_rows, in_features)), (False, None):
+        linear = Linear(in_features, out_features, has_bias, dtype, is_gated).to(device)
+        linear.weight.copy_(random(out_features, in_features) * in_features**-0.5)
+        if has_bias:
+            linear.bias.copy_(random(out_features))
+        x = random(num_rows, in_features)
+        expected = *linear.after_norm(norm, x, residual), linear(x)
+        linear.max_few_rows = 16
+        for ours, theirs in zip((*linear.after_norm(norm, x, residual), linear(x)), expected, strict=True):
+            tolerance = TOLERANCES[dtype]
+            torch.testing.assert_close(ours, theirs, atol=4 * tolerance, rtol=4 * tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -17,7 +17,7 @@ from nanovllm.attention.work_lists import DecodeLists, split_chunks
 from nanovllm.config import ModelConfig
 from nanovllm.engine.batch import INT, Batch, PackedBatch
 from nanovllm.engine.shared_prefixes import SharedRuns
-from nanovllm.kernels import MAX_HEAD_DIM
+from nanovllm.kernels import MAX_HEAD_DIM, dependent_launch
 from nanovllm.kernels.gumbel import INTERPRETED
 from nanovllm.kernels.paged_attention import decode_attention_kernel, prompt_attention_kernel
 from nanovllm.kernels.rotary_store import norm_rotate_store
@@ -98,7 +98,7 @@ class TritonAttention(AttentionBackend):
             grid = len(batch.work_list[0]) - 2, self.num_kv_heads
             decode_attention_kernel[grid](
                 q, k_cache, v_cache, *tiles, out, *batch.attn_metadata, tables, *batch.work_list, *strides,
-                **shape, **self.decode_tiles,
+                **shape, **self.decode_tiles, **dependent_launch(len(q)),
             )  # fmt: skip
             return out
         (items,) = batch.work_list

@@ -9,12 +9,11 @@ import torch
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Numbers of rows to capture, ascending, in steps of 8 up to 64, then of at most an eighth. The least is 2: torch.compile
-    would compile every layer again for one row."""
-    sizes = [2, 4, 8]
+    """Numbers of rows to capture, ascending: 1, 2, 4, 8, then in steps of 8 up to 64, then of at most an eighth."""
+    sizes = [1, 2, 4, 8]
     while sizes[-1] < max_num_seqs:
         sizes.append(sizes[-1] + max(8, 2 ** (sizes[-1].bit_length() - 4)))
-    return [size for size in sizes if size < max_num_seqs] + [max(2, max_num_seqs)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 class DecodeGraphs:

@@ -68,10 +68,13 @@ def decode_attention_kernel(
     q_ptr, k_cache, v_cache, k_tiles, v_tiles, out_ptr, partial_out, partial_lse, arrivals, block_tables,
     bounds, items, pairs, part_starts, scale, q_stride, table_stride,
     BLOCK_SIZE: tl.constexpr, H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, M_SHARED: tl.constexpr, N: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, M_SHARED: tl.constexpr, N: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program does one list of items for one key-value head: first those of many rows, in tiles of M_SHARED, then those of
     few rows, in tiles of M. Each is a loop of its own, so that the first takes no registers from the second."""
+    if IS_DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     work = tl.program_id(0)
     first, last = tl.load(bounds + work), tl.load(bounds + work + 1)
     if M_SHARED > M:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import RMSNorm
 
 from nanovllm.engine.batch import Batch
+from nanovllm.kernels import dependent_launch
 from nanovllm.layers.rotary import Rotary
 
 
@@ -21,7 +22,7 @@ def norm_rotate_store(
         qkv, q_norm, k_norm, *rotary, batch.slot_mapping, k_cache, v_cache, rotary[0].stride(0), eps,
         H=num_q_heads, H_KV=num_kv_heads, D=head_dim, HEADS=triton.next_power_of_2(num_heads),
         HALF=triton.next_power_of_2(head_dim // 2), HAS_NORM=norms is not None,
-        num_warps=4 if num_heads * head_dim <= 4096 else 8,
+        num_warps=4 if num_heads * head_dim <= 4096 else 8, **dependent_launch(num_tokens),
     )  # fmt: skip
     return qkv[:, :num_q_heads]
 
@@ -30,9 +31,12 @@ def norm_rotate_store(
 def norm_rotate_store_kernel(
     qkv, q_norm, k_norm, cos_ptr, sin_ptr, slots, k_cache, v_cache, cos_stride, eps,
     H: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-    HAS_NORM: tl.constexpr,
+    HAS_NORM: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program does one token: all heads, each as its two halves, which the rotation turns against each other."""
+    if IS_DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     i = tl.arange(0, HALF)[None, :]

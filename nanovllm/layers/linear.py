@@ -10,20 +10,50 @@ from nanovllm.parallel.group import Group, Share
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b with W [out, in], unfilled: the loader fills it."""
+    """y = x Wᵀ + b with W [out, in], unfilled: the loader fills it.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
+    Where it is gated, as in SwiGLU (Shazeer, arXiv 2002.05202), the first half of y goes through SiLU and is multiplied with the
+    other half.
+    """
+
+    max_few_rows = 0  # up to so many rows, one kernel does the norm, the product and the gate
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, is_gated: bool = False):
         super().__init__()
+        self.is_gated = is_gated
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.bias)
 
+    def after_norm(self, norm: nn.RMSNorm, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What this layer makes of norm(x + residual), and x + residual."""
+        if self.are_few(x):
+            from nanovllm.kernels.few_rows import product
+
+            return product(x, self.weight, self.bias, self.is_gated, norm, residual)
+        if residual is not None:
+            x = x + residual
+        return self(norm(x)), x
+
+    def are_few(self, x: Tensor) -> bool:
+        """Whether the kernel of few rows takes x; never where torch.compile looks on, which is for many."""
+        return not torch.compiler.is_compiling() and 0 < len(x) <= self.max_few_rows
+
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.are_few(x):
+            from nanovllm.kernels.few_rows import product
+
+            return product(x, self.weight, bias, self.is_gated)[0]
         if self.weight.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
-        return F.linear(x, self.weight, bias)
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
+        else:
+            y = F.linear(x, self.weight, bias)
+        if self.is_gated:
+            gate, up = y.chunk(2, dim=-1)
+            y = F.silu(gate) * up
+        return y
 
     def reorder_for_cpu(self) -> None:
         """Reorder the weight, once filled, into oneDNN's blocked layout, where this CPU has fast products for it.
@@ -52,8 +82,10 @@ def limit_onednn_caches() -> None:
 class ColumnParallelLinear(Linear):
     """Linear layers on the same input as one product; `parts` maps their names to the outputs that this rank computes."""
 
-    def __init__(self, in_features: int, parts: dict[str, Share], bias: bool, dtype: torch.dtype):
-        super().__init__(in_features, sum(share.size for share in parts.values()), bias, dtype)
+    def __init__(
+        self, in_features: int, parts: dict[str, Share], bias: bool, dtype: torch.dtype, is_gated: bool = False
+    ):
+        super().__init__(in_features, sum(share.size for share in parts.values()), bias, dtype, is_gated)
         self.parts = parts
 
 

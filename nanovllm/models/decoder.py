@@ -7,13 +7,12 @@ paged KV; it does not know requests.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.attention import AttentionBackend
 from nanovllm.config import ModelConfig
 from nanovllm.engine.batch import Batch, KVCache
-from nanovllm.layers.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, vocabulary_share
+from nanovllm.layers.linear import ColumnParallelLinear, Linear, ParallelEmbedding, RowParallelLinear, vocabulary_share
 from nanovllm.layers.rotary import Rotary, RotaryEmbedding
 from nanovllm.parallel.group import Group
 
@@ -44,18 +43,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The gated feed-forward network (SwiGLU, Shazeer, arXiv 2002.05202)."""
+    """The gated feed-forward network: its layer runs one after the other."""
 
     def __init__(self, config: ModelConfig, group: Group):
         super().__init__()
         share = group.share(config.intermediate_size)
         parts = {"gate_proj": share, "up_proj": share}
-        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, config.mlp_bias, config.dtype)
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, config.mlp_bias, config.dtype, is_gated=True)
         self.down_proj = RowParallelLinear(share, config.hidden_size, config.mlp_bias, config.dtype, group)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -74,10 +69,11 @@ class DecoderLayer(nn.Module):
         torch.compile cuts the layer in two where it calls `attend`. Were that called by a module of the layer, it would be
         four pieces, which take longer to launch.
         """
-        residual = residual + x
-        qkv = self.self_attn.qkv_proj(self.input_layernorm(residual))
-        residual = residual + self.self_attn.o_proj(self.self_attn.attend(qkv, rotary, cache, batch))
-        return self.mlp(self.post_attention_layernorm(residual)), residual
+        attention, mlp = self.self_attn, self.mlp
+        qkv, residual = attention.qkv_proj.after_norm(self.input_layernorm, x, residual)
+        x = attention.o_proj(attention.attend(qkv, rotary, cache, batch))
+        hidden, residual = mlp.gate_up_proj.after_norm(self.post_attention_layernorm, x, residual)
+        return mlp.down_proj(hidden), residual
 
 
 class Decoder(nn.Module):
@@ -107,19 +103,28 @@ class Decoder(nn.Module):
         self.group, self.vocab_size = group, config.vocab_size
         self.run_layer = self.layer_class.forward  # of any layer, so that one compilation serves all
         self.is_compiled = False
+        self.max_few_rows = 0
 
     def compile_layers(self) -> None:
-        """Compile what every layer runs, once for any number of tokens but one."""
+        """Compile what every layer runs, once for any number of tokens but few, for which the products have a kernel of their own."""
         self.run_layer = torch.compile(self.layer_class.forward, dynamic=True)
         self.is_compiled = True
+        from nanovllm.kernels.few_rows import most_rows
+
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.max_few_rows = most_rows(module.weight.shape[1], module.weight.dtype)
+        self.max_few_rows = self.lm_head.max_few_rows  # as those of the layers that come after a norm
+        self.lm_head.max_few_rows = 1
 
     def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
         """Compute a step: hidden states [T, hidden] of its tokens, whose keys and values go to the layers' caches."""
         x = self.embed(batch.input_ids)
         residual = torch.zeros_like(x)
         rotary = self.rotary(batch.positions)
+        run_layer = self.layer_class.forward if len(x) <= self.max_few_rows else self.run_layer
         for layer, cache in zip(self.layers, kv_cache, strict=True):
-            x, residual = self.run_layer(layer, x, residual, rotary, cache, batch)
+            x, residual = run_layer(layer, x, residual, rotary, cache, batch)
         return residual + x
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -128,4 +133,5 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [S, vocabulary] of hidden states [S, hidden] that `forward` returned; all of them on rank 0 only."""
-        return self.group.gather(self.lm_head(self.norm(hidden)))[:, : self.vocab_size]
+        logits, _ = self.lm_head.after_norm(self.norm, hidden)
+        return self.group.gather(logits)[:, : self.vocab_size]
