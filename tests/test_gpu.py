@@ -66,6 +66,22 @@ def test_nothing_synchronises_between_planning_and_sampling(options, tiny_model)
     assert len(ended) == len(PROMPTS)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_few_rows_have_the_log_probabilities_of_eager_steps(family, dtype, tolerance, tiny_model):
+    """Of the same tokens, as in bfloat16 others may be drawn; the mean of the differences."""
+    options = {"dtype": dtype, "num_kvcache_blocks": 200, "max_num_seqs": 20}
+    graphs, eager = (gpu_llm(tiny_model(family), **options, enforce_eager=is_eager) for is_eager in (False, True))
+    for num_rows in range(1, 18):
+        prompts = [[i + 1, 2, 3] for i in range(num_rows)]
+        params = [SamplingParams(max_tokens=5, allowed_token_ids=[3 + i], logprobs=0) for i in range(num_rows)]
+        ours, theirs = (
+            torch.tensor([o.outputs[0].cumulative_logprob for o in llm.generate(prompts, params)]) / 5
+            for llm in (graphs, eager)
+        )
+        assert (ours - theirs).abs().mean() < tolerance, num_rows
+
+
 def test_the_process_stays_within_its_share(tiny_model):
     total = torch.cuda.get_device_properties(0).total_memory
     before = free_memory()

@@ -107,7 +107,7 @@ def test_padded_steps_find_their_numbers_where_graphs_look_for_them(tiny_model, 
     llm = triton_llm(tiny_model(), max_num_batched_tokens=25, max_num_seqs=20)
     runner = llm.engine.runner
     runner.graphs, runner.model.is_compiled = RepeatedSteps(), True
-    for size in reversed(graph_sizes(20)):
+    for size in reversed(graph_sizes(1, 20)):
         runner.graphs.capture(size, runner.upload_trash_decode(size))
     assert run_some(llm, [0, 1, 4, 8, 10]) == [expected[i] for i in (0, 1, 4, 8, 10)]
 

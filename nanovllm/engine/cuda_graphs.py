@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Numbers of rows to capture, ascending: 1, 2, 4, 8, then in steps of 8 up to 64, then of at most an eighth."""
+def graph_sizes(least: int, max_num_seqs: int) -> list[int]:
+    """Numbers of rows to capture, ascending, from 1 or 2 on: in steps of 8 up to 64, then of at most an eighth."""
     sizes = [1, 2, 4, 8]
     while sizes[-1] < max_num_seqs:
         sizes.append(sizes[-1] + max(8, 2 ** (sizes[-1].bit_length() - 4)))
-    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+    return [size for size in sizes if least <= size < max_num_seqs] + [max(least, max_num_seqs)]
 
 
 class DecodeGraphs:

@@ -54,7 +54,7 @@ class StepInFlight:
     rows: Tensor  # [S] int32, of the tables
     positions: Tensor  # [S] int32, of the tokens to be drawn
     prompt_logprobs: list[Logprobs]  # of the tokens that the chunks score, in slices
-    token_ids: Tensor = NO_TOKENS  # [S]
+    token_ids: Tensor = NO_TOKENS  # [S]; a graph draws them as for rows that ask for nothing special
     logprobs: Logprobs = ()  # of the sequences that ask for them
     copied: torch.cuda.Event | None = None  # reached when all are on the CPU
     has_grammars: bool = False  # some of its sequences have one, which is to learn their tokens
@@ -156,19 +156,19 @@ class ModelRunner:
         sent = self.tables.upload(packed)
         self.tables.update(sent)
         self.group.broadcast(self.tables.last_token)  # rank 0 has drawn them
-        hidden, logits = [], None
+        hidden, logits, token_ids = [], None, NO_TOKENS
         for batch, sent_batch in zip(packed.batches, sent.batches, strict=True):
             if batch.is_decode and self.graphs.sizes:
-                last, logits = self.graphs.replay(len(batch.rows))
+                last, logits, token_ids = self.graphs.replay(len(batch.rows))
             else:
                 last, logits = self._compute(self.tables.batch(batch, sent_batch)), None
             hidden.append(last)
         prompt_logprobs = self._score_prompts(packed.scored_slices, sent.scored_ids, hidden[-1])
         if logits is None:
             rows = [h[batch.logits_indices] for h, batch in zip(hidden, sent.batches, strict=True)]
-            logits = self._logits(rows[0] if len(rows) == 1 else torch.cat(rows))
-        num_sampled = len(sent.sampled_rows)
-        return StepInFlight(step, logits[:num_sampled], sent.sampled_rows, sent.sampled_positions, prompt_logprobs)
+            logits, token_ids = self._logits(rows[0] if len(rows) == 1 else torch.cat(rows)), NO_TOKENS
+        num, sampled = len(sent.sampled_rows), (sent.sampled_rows, sent.sampled_positions)
+        return StepInFlight(step, logits[:num], *sampled, prompt_logprobs, token_ids[:num])
 
     def _compute(self, batch: Batch) -> Tensor:
         """Hidden states [T, hidden] of a batch."""
@@ -201,20 +201,21 @@ class ModelRunner:
         if sequences:
             with_extras = [(i, seq) for i, seq in enumerate(sequences) if seq.needs_extras]
             with_rules = [(i, seq) for i, seq in with_extras if seq.has_logit_rules and not seq.is_finished]
-            logits = raw_logits
+            logits, token_ids = raw_logits, launched.token_ids
             if with_rules:
                 from nanovllm.extras.logit_rules import apply_rules
 
                 logits = apply_rules(raw_logits, with_rules, self._to_device)
                 launched.has_grammars = any(seq.grammar is not None for _, seq in with_rules)
-            batch = SamplingBatch(
-                self.tables.sampling,
-                launched.rows,
-                launched.positions,
-                is_random=any(seq.params.temperature > 0 for seq in sequences),
-                is_truncated=any(seq.params.is_truncated for _, seq in with_extras),
-            )
-            token_ids = sample(logits, batch, self.tables.last_token)
+            if with_extras or not len(token_ids):
+                batch = SamplingBatch(
+                    self.tables.sampling,
+                    launched.rows,
+                    launched.positions,
+                    is_random=any(seq.params.temperature > 0 for seq in sequences),
+                    is_truncated=any(seq.params.is_truncated for _, seq in with_extras),
+                )
+                token_ids = sample(logits, batch, self.tables.last_token)
             launched.logprobs = self._logprobs(with_extras, raw_logits, token_ids)
             launched.token_ids = token_ids.to("cpu", non_blocking=True)
         if self.device.type == "cuda":
@@ -241,15 +242,19 @@ class ModelRunner:
         tensor.numpy()[...] = array  # by this thread alone, where PyTorch would wake others
         return tensor.to(self.device, non_blocking=True)
 
-    def upload_trash_decode(self, num_rows: int) -> Callable[[], tuple[Tensor, Tensor | None]]:
+    def upload_trash_decode(self, num_rows: int) -> Callable[[], tuple[Tensor, Tensor | None, Tensor]]:
         """Send a decode batch of trash rows to where every decode batch arrives; returns what computes its hidden states and,
-        on one device, its logits."""
+        on one device, its logits and tokens."""
         packed = pack_decodes([padding(1)] * num_rows, self.backend, self.prefixes)
         sent = self.tables.upload(packed)
 
-        def decode() -> tuple[Tensor, Tensor | None]:
+        def decode() -> tuple[Tensor, Tensor | None, Tensor]:
             hidden = self._compute(self.tables.batch(packed, sent))
-            return hidden, self.model.logits(hidden) if self.group.size == 1 else None
+            if self.group.size > 1:
+                return hidden, None, NO_TOKENS
+            logits = self.model.logits(hidden)
+            plain = SamplingBatch(self.tables.sampling, sent.rows, sent.context_lens, is_random=True, is_truncated=False)
+            return hidden, logits, sample(logits, plain, self.tables.last_token)
 
         return torch.inference_mode()(decode)
 

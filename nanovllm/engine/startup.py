@@ -49,7 +49,8 @@ def start_runner(config: Config, model_config: ModelConfig, tensors: Tensors, gr
         model = new_model(max(max_len, TOKEN_MULTIPLE))  # padding has positions too
     load(model, config, tensors, group)
     runner = ModelRunner(config, model_config, model, backend, group, max_len)
-    sizes = graph_sizes(config.max_num_seqs) if model.is_compiled and backend.capturable else []
+    least = 1 if model.max_few_rows else 2  # torch.compile would compile every layer again for one row
+    sizes = graph_sizes(least, config.max_num_seqs) if model.is_compiled and backend.capturable else []
     runner.allocate_kv_cache(group.least(choose_num_blocks(runner, config, memory, sizes)))
     for size in reversed(sizes):
         runner.graphs.capture(size, runner.upload_trash_decode(size))

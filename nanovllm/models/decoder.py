@@ -109,6 +109,8 @@ class Decoder(nn.Module):
         """Compile what every layer runs, once for any number of tokens but few, for which the products have a kernel of their own."""
         self.run_layer = torch.compile(self.layer_class.forward, dynamic=True)
         self.is_compiled = True
+        if self.group.size > 1:  # the sums over ranks have not been tried between kernels that overlap
+            return
         from nanovllm.kernels.few_rows import most_rows
 
         for module in self.modules():
