@@ -253,7 +253,9 @@ class ModelRunner:
             if self.group.size > 1:
                 return hidden, None, NO_TOKENS
             logits = self.model.logits(hidden)
-            plain = SamplingBatch(self.tables.sampling, sent.rows, sent.context_lens, is_random=True, is_truncated=False)
+            plain = SamplingBatch(
+                self.tables.sampling, sent.rows, sent.context_lens, is_random=True, is_truncated=False
+            )
             return hidden, logits, sample(logits, plain, self.tables.last_token)
 
         return torch.inference_mode()(decode)

@@ -16,7 +16,12 @@ from nanovllm.kernels import FEW_ROWS, dependent_launch
 
 
 def product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, is_gated: bool, norm: RMSNorm | None = None, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    is_gated: bool,
+    norm: RMSNorm | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """W x + b for each row of x [R, in], and x; W is [out, in].
 

@@ -49,7 +49,9 @@ class MLP(nn.Module):
         super().__init__()
         share = group.share(config.intermediate_size)
         parts = {"gate_proj": share, "up_proj": share}
-        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, config.mlp_bias, config.dtype, is_gated=True)
+        self.gate_up_proj = ColumnParallelLinear(
+            config.hidden_size, parts, config.mlp_bias, config.dtype, is_gated=True
+        )
         self.down_proj = RowParallelLinear(share, config.hidden_size, config.mlp_bias, config.dtype, group)
 
 
