@@ -3,7 +3,6 @@
 The interpreter multiplies bfloat16 matrices wrongly: there float16 stands in for it.
 """
 
-import math
 import subprocess
 import sys
 from itertools import pairwise
@@ -231,9 +230,7 @@ def test_decode_lists_cover_every_token_once_and_take_equally_long(common, own_l
         starts, ends = zip(*sorted(parts))
         assert (*starts, length) == (0, *ends)
     work = [sum(-(-(end - start) // tile) for *_, start, end, _ in items[a:b].tolist()) for a, b in pairwise(bounds)]
-    run_lens = np.append(lens[order] - own_starts, runs[:, 3] - runs[:, 2])
-    most = max(-(-(sum(work) + bounds[-1]) // num_lists), math.isqrt(-(-int(run_lens.max()) // tile)))
-    assert max(work) <= most, "an item counts as one tile more than it has"
+    assert max(work) <= -(-(sum(work) + bounds[-1]) // num_lists), "an item counts as one tile more than it has"
     lists = DecodeLists(num_lists, tile, few_rows, most_rows)
     for later in lens, lens + 1, lens + 2:
         arrays = split_decodes(rows, later, shared, num_lists, tile, few_rows, most_rows)
@@ -262,9 +259,11 @@ def pack(params, vocab_size, device, first_seed=0):
     return torch.from_numpy(np.array(packed)).to(device), torch.arange(len(params), dtype=torch.int32, device=device)
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 8, 9, 16])
-@pytest.mark.parametrize(("in_features", "out_features"), [(96, 48), (1000, 74), (2048, 130)])
-@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize(
+    ("num_rows", "in_features", "out_features", "is_gated"),
+    [(1, 96, 48, True), (1, 1000, 37, False), (1, 2048, 130, True), (2, 96, 48, False), (8, 1000, 74, True), (9, 96, 37, False),
+     (16, 2048, 130, True)],
+)  # fmt: skip
 @precisions
 def test_products_of_few_rows(num_rows, in_features, out_features, is_gated, is_half, device):
     """With and without what is added to a product: a bias, a norm before it, a residual before that."""

@@ -6,8 +6,6 @@ memory, so the grid, and a CUDA graph that holds it, does not depend on lengths.
 them (Hydragen, Juravsky et al., arXiv 2402.05099).
 """
 
-from math import isqrt
-
 import numpy as np
 
 from nanovllm.engine.batch import INT, int32
@@ -105,8 +103,7 @@ def _cut(tiles: INT, num_lists: int) -> tuple[INT, INT, INT]:
     ends = (tiles + 1).cumsum()
     starts = ends - tiles - 1
     total = int(ends[-1])
-    # Adding up two parts of a row takes about as long as reading a tile: a list is no shorter than the square root of the longest run.
-    cuts = np.arange(0, total, max(-(-total // num_lists), isqrt(int(tiles.max()))))
+    cuts = np.arange(0, total, -(-total // num_lists))
     # A cut between what a run takes beside its tiles and its first tile moves to the run's start.
     cuts -= cuts == starts[ends.searchsorted(cuts, side="right")] + 1
     is_start = np.zeros(total, bool)
