@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The gated feed-forward network: its layer runs one after the other."""
+    """The two products of the gated feed-forward network, which the decoder layer runs."""
 
     def __init__(self, config: ModelConfig, group: Group):
         super().__init__()
