@@ -207,14 +207,10 @@ class ModelRunner:
 
                 logits = apply_rules(raw_logits, with_rules, self._to_device)
                 launched.has_grammars = any(seq.grammar is not None for _, seq in with_rules)
-            if with_extras or not len(token_ids):
-                batch = SamplingBatch(
-                    self.tables.sampling,
-                    launched.rows,
-                    launched.positions,
-                    is_random=any(seq.params.temperature > 0 for seq in sequences),
-                    is_truncated=any(seq.params.is_truncated for _, seq in with_extras),
-                )
+            is_truncated = any(seq.params.is_truncated for _, seq in with_extras)
+            if with_rules or is_truncated or not len(token_ids):  # else the graph has drawn them
+                is_random = any(seq.params.temperature > 0 for seq in sequences)
+                batch = SamplingBatch(self.tables.sampling, launched.rows, launched.positions, is_random, is_truncated)
                 token_ids = sample(logits, batch, self.tables.last_token)
             launched.logprobs = self._logprobs(with_extras, raw_logits, token_ids)
             launched.token_ids = token_ids.to("cpu", non_blocking=True)

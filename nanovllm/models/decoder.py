@@ -118,7 +118,8 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.max_few_rows = most_rows(module.weight.shape[1], module.weight.dtype)
-        self.max_few_rows = self.lm_head.max_few_rows  # as those of the layers that come after a norm
+        # As of the products that come after a norm: what the others cannot take goes to the libraries.
+        self.max_few_rows = most_rows(len(self.norm.weight), self.norm.weight.dtype)
         self.lm_head.max_few_rows = 1
 
     def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
