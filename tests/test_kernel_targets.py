@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from nanovllm.attention.triton import decode_tiles, descriptors_pay, prompt_tiles
 from nanovllm.parallel.all_reduce import all_reduce_kernel
 from nanovllm.kernels import few_rows
+from nanovllm.kernels.decode_inputs import decode_inputs_kernel
 from nanovllm.kernels.gumbel import gumbel_max_kernel, unpack_kernel
 from nanovllm.extras.logprobs_kernel import norm_and_rank_kernel
 from nanovllm.kernels.paged_attention import decode_attention_kernel, prompt_attention_kernel
@@ -29,7 +30,8 @@ from nanovllm.extras.truncation_kernel import UNUSED_BITS, least_kept_kernel
 
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 OTHERS = (
-    all_reduce_kernel, gumbel_max_kernel, unpack_kernel, least_kept_kernel, norm_and_rank_kernel, norm_rotate_store_kernel
+    all_reduce_kernel, decode_inputs_kernel, gumbel_max_kernel, unpack_kernel, least_kept_kernel, norm_and_rank_kernel,
+    norm_rotate_store_kernel,
 )
 
 def memory(kernel, capability, types, constants, **options):
@@ -62,19 +64,19 @@ def other_memory(kernel, capability, dtype):
     constants = {
         "SHIFT": UNUSED_BITS[getattr(torch, dtype)], "HAS_LEAST": True, "BLOCK": 8192, "RANK": 0, "SIZE": 4,
         "LANES": 4, "NUM_PASSES": 2, "H": 32, "H_KV": 8, "D": 128, "HEADS": 64, "HALF": 64, "HAS_NORM": True,
-        "IS_DEPENDENT": capability >= 90,
+        "IS_DEPENDENT": capability >= 90, "BLOCK_SIZE": 64,
     }
     floats = ("x", "logits", "drawn", "qkv", "q_norm", "k_norm", "k_cache", "v_cache")
-    numbers = ("n", "capacity", "vocab_size", "stride", "per_split", "cos_stride", "num_rows")
+    numbers = ("n", "capacity", "vocab_size", "stride", "per_split", "cos_stride", "num_rows", "table_stride")
     types = dict.fromkeys(floats, "*" + TYPES[dtype]) | dict.fromkeys(numbers, "i32") | {"eps": "fp32"}
     types |= dict.fromkeys(("best", "memories", "turns", "slots"), "*i64")
     types |= dict.fromkeys(("least", "norm", "cos_ptr", "sin_ptr"), "*fp32")
     return memory(kernel, capability, types, constants, num_warps=16)
 
-def product_memory(capability, num_rows, in_features, is_gated, dtype):
-    tile = few_rows.tile(num_rows, in_features, 4096, is_gated, getattr(torch, dtype))
+def product_memory(capability, num_rows, in_features, has_norm, dtype):
+    tile = few_rows.tile(num_rows, in_features, has_norm, has_norm, getattr(torch, dtype))
     constants = {name: True for name in few_rows.product_kernel.arg_names if name.startswith(("HAS", "IS"))}
-    constants |= {"K": in_features, "IS_GATED": is_gated, "IS_DEPENDENT": capability >= 90, **tile}
+    constants |= {"K": in_features, "HAS_NORM": has_norm, "IS_GATED": has_norm, "IS_DEPENDENT": capability >= 90, **tile}
     types = dict.fromkeys(("x", "residual", "total", "norm", "w", "bias", "out"), "*" + TYPES[dtype])
     types |= {"num_rows": "i32", "num_outputs": "i32", "eps": "fp32"}
     return memory(few_rows.product_kernel, capability, types, constants, num_warps=constants.pop("num_warps"))
@@ -86,11 +88,11 @@ for capability, (head_dim, group), dtype in itertools.product(capabilities, shap
         print(json.dumps([is_decode, capability, head_dim, group, dtype, taken]))
 for capability, dtype, kernel in itertools.product(capabilities, dtypes, OTHERS):
     print(json.dumps([kernel.__name__, capability, dtype, other_memory(kernel, capability, dtype)]))
-for capability, (in_features, is_gated), dtype in itertools.product(capabilities, ((1024, True), (3072, False)), dtypes):
+for capability, (in_features, has_norm), dtype in itertools.product(capabilities, ((1024, True), (3072, False)), dtypes):
     # Of several rows only Hopper's GPUs are given products, whose programs have 227 kilobytes.
-    more = [product_memory(capability, n, in_features, is_gated, dtype) for n in (8, 16) if capability == 90 and dtype != "float32"]
+    more = [product_memory(capability, n, in_features, has_norm, dtype) for n in (8, 16) if capability == 90 and dtype != "float32"]
     assert all(memory <= 227 * 1024 for memory in more), more
-    print(json.dumps(["product_kernel", capability, dtype, product_memory(capability, 1, in_features, is_gated, dtype)]))
+    print(json.dumps(["product_kernel", capability, dtype, product_memory(capability, 1, in_features, has_norm, dtype)]))
 """
 
 
@@ -113,5 +115,5 @@ def test_kernels_compile_within_99_kilobytes(capabilities, shapes, dtypes):
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     compiled = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(compiled) == (2 * len(shapes) + 8) * len(capabilities) * len(dtypes)
+    assert len(compiled) == (2 * len(shapes) + 9) * len(capabilities) * len(dtypes)
     assert [c for c in compiled if c[-1] > MAX_SHARED_MEMORY] == []

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from nanovllm import kernels
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import ScheduledChunk
 from nanovllm.engine.sequence import Sequence
@@ -178,16 +179,16 @@ class DeviceTables:
 
     def batch(self, packed: PackedBatch, sent: PackedBatch) -> Batch:
         """The batch that was uploaded. What the tables know is looked up on the device."""
-        rows, positions, input_ids = sent.token_rows, sent.positions, sent.input_ids
         if packed.is_decode:
-            rows, positions = sent.rows, sent.context_lens - 1
-            input_ids = self.last_token.index_select(0, rows)
-        blocks = self.block_tables.view(-1).index_select(0, rows * self.blocks_per_row + positions // self.block_size)
+            input_ids, positions, slots = self.decode_inputs(sent.rows, sent.context_lens)
+        else:
+            input_ids, positions = sent.input_ids, sent.positions
+            slots = self._slots(sent.token_rows, positions)
         return Batch(
             is_decode=packed.is_decode,
             input_ids=input_ids,
             positions=positions,
-            slot_mapping=blocks.long() * self.block_size + positions % self.block_size,
+            slot_mapping=slots,
             rows=sent.rows,
             context_lens=sent.context_lens,
             block_tables=self.block_tables,
@@ -196,6 +197,20 @@ class DeviceTables:
             cpu_context_lens=packed.context_lens,
             work_list=sent.work_list,
         )
+
+    def decode_inputs(self, rows: Tensor, context_lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows' last tokens and their positions, int32 [B], and their slots, int64 [B]."""
+        if rows.is_cuda and kernels.AVAILABLE:
+            from nanovllm.kernels.decode_inputs import decode_inputs
+
+            return decode_inputs(rows, context_lens, self.last_token, self.block_tables, self.block_size)
+        positions = context_lens - 1
+        return self.last_token.index_select(0, rows), positions, self._slots(rows, positions)
+
+    def _slots(self, rows: Tensor, positions: Tensor) -> Tensor:
+        entries = rows * self.blocks_per_row + positions // self.block_size
+        blocks = self.block_tables.view(-1).index_select(0, entries)
+        return blocks.long() * self.block_size + positions % self.block_size
 
 
 def replace_arrays(packed: Any, function: Callable[[INT], Tensor]) -> Any:

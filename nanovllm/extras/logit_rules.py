@@ -14,9 +14,10 @@ Indexed = list[tuple[int, Sequence]]  # sequences, and which of the logits are t
 
 
 def apply_rules(logits: Tensor, sequences: Indexed, to_device: ToDevice) -> Tensor:
-    """A float32 copy of the logits [S, vocabulary] in which those of `sequences` are changed by their rules."""
-    logits = logits.to(torch.float32, copy=True)
-    with_rules = [(i, seq) for i, seq in sequences if seq.has_rules_beside_grammar]  # often none
+    """A copy of the logits [S, vocabulary] in which those of `sequences` are changed by their rules: in float32, unless all that they
+    have is grammars, which only ban."""
+    with_rules = [(i, seq) for i, seq in sequences if seq.has_rules_beside_grammar]
+    logits = logits.to(torch.float32 if with_rules else logits.dtype, copy=True)
     _penalize(logits, with_rules, to_device)
     _add_bias(logits, with_rules, to_device)
     _keep_allowed(logits, with_rules, to_device)

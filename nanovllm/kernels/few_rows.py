@@ -4,6 +4,7 @@ The norm before the product and the gate after it are done in its kernel. A kern
 (programmatic dependent launch): its weights are on their way when what it multiplies them with is ready.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ def product(
     num_outputs = len(weight) // (2 if is_gated else 1)
     y = torch.empty(num_rows, num_outputs, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(x)
-    sizes = tile(num_rows, in_features, num_outputs, is_gated, x.dtype)
-    product_kernel[(triton.cdiv(num_outputs, sizes["N"]),)](
+    sizes = tile(num_rows, in_features, norm is not None, is_gated, x.dtype)
+    product_kernel[(triton.cdiv(len(weight), sizes["N"]),)](
         x, x if residual is None else residual, total, x if norm is None else norm.weight, weight,
         weight if bias is None else bias, y, num_rows, num_outputs, 0.0 if norm is None else norm.eps, K=in_features,
         HAS_NORM=norm is not None, HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None, IS_GATED=is_gated,
@@ -42,43 +43,36 @@ def product(
     return y, total
 
 
-def most_rows(in_features: int, dtype: torch.dtype) -> int:
+def most_rows(in_features: int, dtype: torch.dtype, has_norm: bool = False) -> int:
     """Up to how many rows this kernel takes a product with so many columns.
 
-    For more than one row, a program's weights wait in shared memory. Other GPUs than Hopper's have less of it, or were not tried, and
-    for more columns even Hopper's have too little.
+    For more than one row, a program's weights wait in shared memory, and what a norm before it makes of the rows in registers. Other
+    GPUs than Hopper's have less of both, or were not tried. Of more columns a program takes so much that none runs beside it: on an
+    H200 a gate and up of 1,536 or 2,048 columns take 1.7 to 2 times as long as by the libraries.
     """
     is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    return FEW_ROWS if is_hopper and dtype.itemsize == 2 and in_features <= 3072 else 1
+    return FEW_ROWS if is_hopper and dtype.itemsize == 2 and in_features <= (1024 if has_norm else 3072) else 1
 
 
-def tile(num_rows: int, in_features: int, num_outputs: int, is_gated: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """R: rows, at least 8 where the matrix units multiply them. N: outputs of a program. CHUNK: columns that it takes at once, cut into
-    SLICES, one for each warp. And launch options.
+def tile(num_rows: int, in_features: int, has_norm: bool, is_gated: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """R: rows, at least 8 where the matrix units multiply them. N: rows of W for a program. CHUNK: columns that it takes at once, cut
+    into SLICES, one for each warp. And launch options.
 
-    On an H200 with Qwen3-0.6B's sizes 8 warps are 5 to 40 % slower, and for two rows multiply-adds 10 % slower than matrix units.
+    As measured on an H200 with the sizes of Qwen3-0.6B and 8B and of Llama-3.2-1B. Slices of fewer than 256 columns are 5 to 40 %
+    slower, and for two rows multiply-adds 10 % slower than matrix units.
     """
-    outputs = 4 if is_gated else 8
+    outputs, chunk, warps = 8, max(64, min(1024, triton.next_power_of_2(in_features))), 4
     if num_rows > 1:
-        outputs = 32 if num_rows <= 8 and not is_gated and num_outputs >= 4096 else 16
+        outputs = 32 if has_norm else 16
     else:  # one program's weights are in registers
-        while outputs > 1 and outputs * (2 if is_gated else 1) * in_features * dtype.itemsize > 2**14 * 3:
+        while outputs > 1 + is_gated and outputs * in_features * dtype.itemsize > 2**14 * 3:
             outputs //= 2
-    return {
-        "R": 1 if num_rows == 1 else 8 if num_rows <= 8 else 16,
-        "N": outputs, "CHUNK": max(64, min(1024, triton.next_power_of_2(in_features))), "SLICES": 4, "num_warps": 4,
-    }  # fmt: skip
-
-
-@triton.jit
-def load_weights(
-    w, num_outputs, first: tl.constexpr, N: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, SLICES: tl.constexpr
-):  # fmt: skip
-    """Columns first … first+CHUNK-1 of this program's outputs: [SLICES, N, CHUNK / SLICES]."""
-    n = tl.program_id(0) * N + tl.arange(0, N)
-    k = first + columns(CHUNK, SLICES)
-    mask = (n < num_outputs)[None, :, None] & (k < K) if first + CHUNK > K else (n < num_outputs)[None, :, None]
-    return tl.load(w + n.to(tl.int64)[None, :, None] * K + k, mask=mask, other=0.0, eviction_policy="evict_first")
+        if has_norm:
+            chunk = max(chunk, math.gcd(in_features, 4096))
+        elif in_features >= 4096 and in_features % 2048 == 0:
+            chunk, warps = 2048, 8
+    rows = 1 if num_rows == 1 else 8 if num_rows <= 8 else 16
+    return {"R": rows, "N": outputs, "CHUNK": chunk, "SLICES": warps, "num_warps": warps}
 
 
 @triton.jit
@@ -112,50 +106,57 @@ def product_kernel(
     K: tl.constexpr, R: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, SLICES: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """N outputs of all rows. All weights are loaded first."""
+    """N rows of W with all rows of x; where it is gated, as many of the first half as of the other. All weights are loaded first."""
     NUM_CHUNKS: tl.constexpr = (K + CHUNK - 1) // CHUNK
-    NUM_PARTS: tl.constexpr = 2 if IS_GATED else 1
+    OUTPUTS: tl.constexpr = N // 2 if IS_GATED else N
+    X_FIRST: tl.constexpr = R > 8 and not HAS_NORM  # as x Wᵀ, which is faster there; elsewhere as W xᵀ
+    rows = tl.arange(0, R)
+    i = tl.arange(0, N)
+    n = tl.program_id(0) * OUTPUTS + i % OUTPUTS
+    weight_row = n + i // OUTPUTS * num_outputs
+    live = n < num_outputs
     weights = ()
-    for part in tl.static_range(NUM_PARTS):
-        for i in tl.static_range(NUM_CHUNKS):
-            of_part = w + (part * num_outputs).to(tl.int64) * K
-            weights = weights + (load_weights(of_part, num_outputs, i * CHUNK, N, K, CHUNK, SLICES),)
+    for chunk in tl.static_range(NUM_CHUNKS):
+        k = chunk * CHUNK + columns(CHUNK, SLICES)
+        mask = live[None, :, None] & (k < K) if (chunk + 1) * CHUNK > K else live[None, :, None]
+        at = w + weight_row.to(tl.int64)[None, :, None] * K + k
+        weights = weights + (tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first"),)
     if IS_DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
-    rows = tl.arange(0, R)
-    n = tl.program_id(0) * N + tl.arange(0, N)
     xs = ()
     squares = tl.zeros([R], tl.float32)
-    for i in tl.static_range(NUM_CHUNKS):
-        chunk = load_rows(x, residual, total, rows, num_rows, i * CHUNK, K, CHUNK, SLICES, HAS_RESIDUAL)
+    for chunk in tl.static_range(NUM_CHUNKS):
+        loaded = load_rows(x, residual, total, rows, num_rows, chunk * CHUNK, K, CHUNK, SLICES, HAS_RESIDUAL)
         if HAS_NORM:
-            squares += tl.sum(tl.sum(chunk.to(tl.float32) * chunk.to(tl.float32), 2), 0)
-        xs = xs + (chunk,)
+            squares += tl.sum(tl.sum(loaded.to(tl.float32) * loaded.to(tl.float32), 2), 0)
+        xs = xs + (loaded,)
     if HAS_NORM:
         scale = tl.rsqrt(squares / K + eps)[None, :, None]
-    results = ()
-    for part in tl.static_range(NUM_PARTS):
-        y = tl.zeros([SLICES, N, R], tl.float32)
-        for i in tl.static_range(NUM_CHUNKS):
-            chunk = xs[i]
-            if HAS_NORM:
-                k = i * CHUNK + columns(CHUNK, SLICES)
-                factor = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
-                chunk = (chunk.to(tl.float32) * scale * factor).to(chunk.dtype)
-            weight = weights[part * NUM_CHUNKS + i]
-            if R > 1:
-                y = tl.dot(weight, tl.trans(chunk, 0, 2, 1), y, input_precision="ieee")
-            else:
-                y += tl.sum(chunk.to(tl.float32) * weight.to(tl.float32), 2, keep_dims=True)
-        y = tl.trans(tl.sum(y, 0))
-        if HAS_BIAS:
-            y += tl.load(bias + part * num_outputs + n, mask=n < num_outputs, other=0.0).to(tl.float32)[None, :]
-        results = results + (y.to(out.dtype.element_ty),)
-    y = results[0]
+    y = tl.zeros([SLICES, R, N] if X_FIRST else [SLICES, N, R], tl.float32)
+    for chunk in tl.static_range(NUM_CHUNKS):
+        x_chunk = xs[chunk]
+        if HAS_NORM:
+            k = chunk * CHUNK + columns(CHUNK, SLICES)
+            factor = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+            x_chunk = (x_chunk.to(tl.float32) * scale * factor).to(x_chunk.dtype)
+        if X_FIRST:
+            y = tl.dot(x_chunk, tl.trans(weights[chunk], 0, 2, 1), y, input_precision="ieee")
+        elif R > 1:
+            y = tl.dot(weights[chunk], tl.trans(x_chunk, 0, 2, 1), y, input_precision="ieee")
+        else:
+            y += tl.sum(x_chunk.to(tl.float32) * weights[chunk].to(tl.float32), 2, keep_dims=True)
+    y = tl.sum(y, 0)
+    if not X_FIRST:
+        y = tl.trans(y)
+    if HAS_BIAS:
+        y += tl.load(bias + weight_row, mask=live, other=0.0).to(tl.float32)[None, :]
+    y = y.to(out.dtype.element_ty)
     if IS_GATED:
-        gate = y.to(tl.float32)
-        y = (gate * tl.sigmoid(gate) * results[1].to(tl.float32)).to(out.dtype.element_ty)
+        gate, up = tl.split(tl.trans(tl.reshape(y, [R, 2, OUTPUTS]), 0, 2, 1))
+        gate = gate.to(tl.float32)
+        y = (gate * tl.sigmoid(gate) * up.to(tl.float32)).to(out.dtype.element_ty)
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     mask = (rows < num_rows)[:, None] & (n < num_outputs)[None, :]
     tl.store(out + rows[:, None] * num_outputs + n[None, :], y, mask=mask)

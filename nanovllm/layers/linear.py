@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm.layers.rotary import look_up
 from nanovllm.parallel.group import Group, Share
 
 
@@ -120,8 +121,8 @@ class ParallelEmbedding(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         if not self.group.is_connected:
-            return F.embedding(token_ids, self.weight)  # [T, hidden]
+            return look_up(self.weight, token_ids)  # [T, hidden]
         token_ids = token_ids - self.share.start
         is_other = (token_ids < 0) | (token_ids >= self.share.size)
-        x = F.embedding(token_ids.masked_fill(is_other, 0), self.weight)
+        x = look_up(self.weight, token_ids.masked_fill(is_other, 0))
         return self.group.all_reduce(x.masked_fill(is_other.unsqueeze(1), 0))

@@ -35,8 +35,14 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("table", table.to(torch.get_default_device()), persistent=False)
 
     def forward(self, positions: Tensor) -> Rotary:
-        cos, sin = F.embedding(positions, self.table).unsqueeze(1).chunk(2, dim=-1)
+        cos, sin = look_up(self.table, positions).unsqueeze(1).chunk(2, dim=-1)
         return cos, sin
+
+
+def look_up(table: Tensor, indices: Tensor) -> Tensor:
+    """Rows of a table, as by F.embedding, which on a GPU takes up to 16 of them one after the other."""
+    one_by_one = table.is_cuda and 1 < len(indices) <= 16
+    return table[indices] if one_by_one else F.embedding(indices, table)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
