@@ -19,10 +19,10 @@ PROMPTS = ["The capital of France is", "Once upon a time", "1, 2, 3, 4,"]
 
 
 @pytest.fixture(scope="module")
-def llm(tiny_model, demo_model) -> LLM:
+def llm(tiny_model, demo_model, device) -> LLM:
     """A random model with a real tokenizer: whatever has a form, has it by the grammar."""
     folder = tiny_model(vocab_size=49152, eos_token_id=2)
-    return make_llm(folder, tokenizer=str(demo_model), num_kvcache_blocks=200)
+    return make_llm(folder, tokenizer=str(demo_model), num_kvcache_blocks=200, device=device)
 
 
 def complete(llm, form, prompts=PROMPTS, **options):
