@@ -10,7 +10,7 @@ def new_figure(num_columns: int) -> Any:
     try:
         figure = importlib.import_module("matplotlib.figure")
     except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+        raise SystemExit("drawing needs matplotlib: pip install matplotlib") from None
     return figure.Figure(figsize=(1 + 5 * num_columns, 8), layout="constrained")
 
 

@@ -1,4 +1,4 @@
-"""Where one step goes: every kernel of a replayed CUDA graph, or of a step full of prompts, and of the sampler after it.
+"""Where one step goes: every kernel of a replayed CUDA graph, or of a step full of prompts, and of what is launched after it.
 
     python tools/profile_step.py --rows 1 256 --prompts 16384 --save steps.json     # needs a GPU
     python tools/profile_step.py --draw steps.json docs/steps.svg     # needs matplotlib
@@ -37,7 +37,7 @@ GROUPS = {  # a kernel is of the first that its name fits
     "rotary and KV store": "norm_rotate_store",
     "products": "product_kernel|nvjet|gemm|gemv|cutlass|splitK",
     "sampler": "gumbel|unpack_kernel|Memcpy DtoH",
-    "norms, SiLU, residual, embedding": "",
+    "all else": "",
 }
 
 
@@ -153,7 +153,7 @@ def new_step(runner: Any, num_rows: int, num_tokens: int, token_ids: list[int]) 
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
-    """Median time on the device."""
+    """Median time from an idle device to the last kernel, packing and launching included."""
     times = []
     for _ in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

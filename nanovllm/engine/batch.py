@@ -28,7 +28,7 @@ INT = NDArray[np.int32]
 # per token of a chunk, with its part; and for the rest.
 INTS_PER_ROW, INTS_PER_BLOCK, INTS_PER_TOKEN, INTS_PER_STEP = 64, 2, 16, 65536
 
-# With compiled layers chunks are padded to a multiple of so many tokens: torch.compile would compile them again for one token.
+# With compiled layers chunks are padded to a multiple of so many tokens: torch.compile would compile them again for a single one.
 TOKEN_MULTIPLE = 8
 TRASH = Sequence(0, array("i", [0] * TOKEN_MULTIPLE), SamplingParams(), seed=0, max_tokens=1)
 

@@ -1,4 +1,7 @@
-"""What decode rows are computed from, looked up in the device's tables by one launch. The twin is `DeviceTables.decode_inputs`."""
+"""What decode rows are computed from, looked up in the device's tables by one launch.
+
+The twin is what `DeviceTables.decode_inputs` does on a CPU.
+"""
 
 import torch
 import triton

@@ -27,8 +27,9 @@ def product(
     """W x + b for each row of x [R, in], and x; W is [out, in].
 
     With a residual, x + residual is in the place of x. With a norm, its output is what is multiplied. Where it is gated, the
-    first half of the product's columns goes through SiLU and is multiplied with the other half.
+    first half of the outputs goes through SiLU and is multiplied with the other half.
     """
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     num_rows, in_features = x.shape
     num_outputs = len(weight) // (2 if is_gated else 1)
     y = torch.empty(num_rows, num_outputs, dtype=x.dtype, device=x.device)
@@ -44,7 +45,7 @@ def product(
 
 
 def most_rows(in_features: int, dtype: torch.dtype, has_norm: bool = False) -> int:
-    """Up to how many rows this kernel takes a product with so many columns.
+    """The most rows that this kernel takes where W has `in_features` columns.
 
     For more than one row, a program's weights wait in shared memory, and what a norm before it makes of the rows in registers. Other
     GPUs than Hopper's have less of both, or were not tried. Of more columns a program takes so much that none runs beside it: on an

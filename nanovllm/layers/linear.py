@@ -30,7 +30,7 @@ class Linear(nn.Module):
 
     def after_norm(self, norm: nn.RMSNorm, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What this layer makes of norm(x + residual), and x + residual."""
-        if self.are_few(x):
+        if self.are_few(x) and type(norm) is nn.RMSNorm:  # and not a norm of one's own
             from nanovllm.kernels.few_rows import product
 
             return product(x, self.weight, self.bias, self.is_gated, norm, residual)

@@ -115,11 +115,10 @@ class Decoder(nn.Module):
             return
         from nanovllm.kernels.few_rows import most_rows
 
+        self.max_few_rows = most_rows(len(self.norm.weight), self.norm.weight.dtype, has_norm=True)
         for module in self.modules():
             if isinstance(module, Linear):
-                module.max_few_rows = most_rows(module.weight.shape[1], module.weight.dtype)
-        # As of the products that come after a norm: what the others cannot take goes to the libraries.
-        self.max_few_rows = most_rows(len(self.norm.weight), self.norm.weight.dtype, has_norm=True)
+                module.max_few_rows = min(self.max_few_rows, most_rows(module.weight.shape[1], module.weight.dtype))
         self.lm_head.max_few_rows = 1
 
     def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
