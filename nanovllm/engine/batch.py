@@ -208,6 +208,7 @@ class DeviceTables:
         return self.last_token.index_select(0, rows), positions, self._slots(rows, positions)
 
     def _slots(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Where the KV of tokens goes, by the tokens' rows and positions: int64 [T]."""
         entries = rows * self.blocks_per_row + positions // self.block_size
         blocks = self.block_tables.view(-1).index_select(0, entries)
         return blocks.long() * self.block_size + positions % self.block_size

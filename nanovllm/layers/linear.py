@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm.layers.rotary import look_up
 from nanovllm.parallel.group import Group, Share
 
 
@@ -108,6 +107,12 @@ def vocabulary_share(vocab_size: int, group: Group) -> Share:
     """This rank's tokens, padded to an equal number on every rank: the rows at the end are unused."""
     size = -(-vocab_size // group.size)
     return Share(group.rank * size, size, vocab_size)
+
+
+def look_up(table: Tensor, indices: Tensor) -> Tensor:
+    """Rows of a table, as by F.embedding, which on a GPU takes up to 16 of them one after the other."""
+    one_by_one = table.is_cuda and 1 < len(indices) <= 16
+    return table[indices] if one_by_one else F.embedding(indices, table)
 
 
 class ParallelEmbedding(nn.Module):

@@ -1,12 +1,12 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864), its scalings for longer contexts, and its application."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nanovllm.config import RopeConfig
+from nanovllm.layers.linear import look_up
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines of the tokens' positions, [T, 1, head_dim] float32 each
 
@@ -37,12 +37,6 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: Tensor) -> Rotary:
         cos, sin = look_up(self.table, positions).unsqueeze(1).chunk(2, dim=-1)
         return cos, sin
-
-
-def look_up(table: Tensor, indices: Tensor) -> Tensor:
-    """Rows of a table, as by F.embedding, which on a GPU takes up to 16 of them one after the other."""
-    one_by_one = table.is_cuda and 1 < len(indices) <= 16
-    return table[indices] if one_by_one else F.embedding(indices, table)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
