@@ -116,12 +116,14 @@ def product_kernel(
     n = tl.program_id(0) * OUTPUTS + i % OUTPUTS
     weight_row = n + i // OUTPUTS * num_outputs
     live = n < num_outputs
-    weights = ()
+    weights, factors = (), ()
     for chunk in tl.static_range(NUM_CHUNKS):
         k = chunk * CHUNK + columns(CHUNK, SLICES)
         mask = live[None, :, None] & (k < K) if (chunk + 1) * CHUNK > K else live[None, :, None]
         at = w + weight_row.to(tl.int64)[None, :, None] * K + k
         weights = weights + (tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first"),)
+        if HAS_NORM:
+            factors = factors + (tl.load(norm + k, mask=k < K, other=0.0),)
     if IS_DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -139,9 +141,7 @@ def product_kernel(
     for chunk in tl.static_range(NUM_CHUNKS):
         x_chunk = xs[chunk]
         if HAS_NORM:
-            k = chunk * CHUNK + columns(CHUNK, SLICES)
-            factor = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
-            x_chunk = (x_chunk.to(tl.float32) * scale * factor).to(x_chunk.dtype)
+            x_chunk = (x_chunk.to(tl.float32) * scale * factors[chunk].to(tl.float32)).to(x_chunk.dtype)
         if X_FIRST:
             y = tl.dot(x_chunk, tl.trans(weights[chunk], 0, 2, 1), y, input_precision="ieee")
         elif R > 1:

@@ -74,7 +74,6 @@ def decode_attention_kernel(
     few rows, in tiles of M. Each is a loop of its own, so that the first takes no registers from the second."""
     if IS_DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     work = tl.program_id(0)
     first, last = tl.load(bounds + work), tl.load(bounds + work + 1)
     if M_SHARED > M:
@@ -82,13 +81,13 @@ def decode_attention_kernel(
         attend_to_items(
             q_ptr, k_tiles, v_tiles, out_ptr, partial_out, partial_lse, arrivals, block_tables,
             first, tl.minimum(last, num_tall), items, pairs, part_starts, scale, q_stride, table_stride,
-            BLOCK_SIZE, H_KV, G, D, DP, PRECISION, M_SHARED, N, True,
+            BLOCK_SIZE, H_KV, G, D, DP, PRECISION, M_SHARED, N, True, IS_DEPENDENT,
         )  # fmt: skip
         first = tl.maximum(first, num_tall)
     attend_to_items(
         q_ptr, k_cache, v_cache, out_ptr, partial_out, partial_lse, arrivals, block_tables,
         first, last, items, pairs, part_starts, scale, q_stride, table_stride,
-        BLOCK_SIZE, H_KV, G, D, DP, PRECISION, M, N, False,
+        BLOCK_SIZE, H_KV, G, D, DP, PRECISION, M, N, False, IS_DEPENDENT,
     )  # fmt: skip
 
 
@@ -97,7 +96,7 @@ def attend_to_items(
     q_ptr, k_cache, v_cache, out_ptr, partial_out, partial_lse, arrivals, block_tables,
     first, last, items, pairs, part_starts, scale, q_stride, table_stride,
     BLOCK_SIZE: tl.constexpr, H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """The items first … last-1: M holds the G query heads of each row of an item. Of a row that has several parts, whoever comes
     last adds them up."""
@@ -114,6 +113,8 @@ def attend_to_items(
         end = tl.load(item + 4)
         row = tl.load(pair, mask=live, other=0).to(tl.int64)
         mask = live[:, None] & (d < D)[None, :]
+        if IS_DEPENDENT:  # the lists are there before the step
+            tl.extra.cuda.gdc_wait()
         q = tl.load(q_ptr + (row * q_stride + head * D)[:, None] + d[None, :], mask=mask, other=0.0)
         acc = tl.zeros([M, DP], tl.float32)
         row_max = tl.full([M], float("-inf"), tl.float32)

@@ -34,27 +34,30 @@ def norm_rotate_store_kernel(
     HAS_NORM: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program does one token: all heads, each as its two halves, which the rotation turns against each other."""
-    if IS_DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     i = tl.arange(0, HALF)[None, :]
     live = (head < H + 2 * H_KV) & (i < D // 2)
+    if HAS_NORM:
+        weight = tl.where(head < H, q_norm, k_norm) + i
+        x_weight = tl.load(weight, mask=live, other=0.0).to(tl.float32)
+        y_weight = tl.load(weight + D // 2, mask=live, other=0.0).to(tl.float32)
+    if IS_DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     at = qkv + token * ((H + 2 * H_KV) * D) + head * D + i
     first = tl.load(at, mask=live, other=0.0)
     second = tl.load(at + D // 2, mask=live, other=0.0)
-    x, y = first.to(tl.float32), second.to(tl.float32)
-    if HAS_NORM:
-        scale = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / D + eps)[:, None]
-        weight = tl.where(head < H, q_norm, k_norm) + i
-        x = x * scale * tl.load(weight, mask=live, other=0.0).to(tl.float32)
-        y = y * scale * tl.load(weight + D // 2, mask=live, other=0.0).to(tl.float32)
     column = tl.arange(0, HALF)
     cos = tl.load(cos_ptr + token * cos_stride + column, mask=column < D // 2, other=0.0)[None, :]
     sin = tl.load(sin_ptr + token * cos_stride + D // 2 + column, mask=column < D // 2, other=0.0)[None, :]
-    is_v = head >= H + H_KV
     slot = tl.load(slots + token) * H_KV
+    x, y = first.to(tl.float32), second.to(tl.float32)
+    if HAS_NORM:
+        scale = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / D + eps)[:, None]
+        x = x * scale * x_weight
+        y = y * scale * y_weight
+    is_v = head >= H + H_KV
     cache_at = tl.where(is_v, v_cache + (slot + head - H - H_KV) * D, k_cache + (slot + head - H) * D) + i
     at = tl.where(head < H, at, cache_at)
     tl.store(at, tl.where(is_v, first, (x * cos - y * sin).to(first.dtype)), mask=live)
