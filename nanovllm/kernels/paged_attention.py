@@ -113,7 +113,7 @@ def attend_to_items(
         end = tl.load(item + 4)
         row = tl.load(pair, mask=live, other=0).to(tl.int64)
         mask = live[:, None] & (d < D)[None, :]
-        if IS_DEPENDENT:  # the lists are there before the step
+        if IS_DEPENDENT:  # what is read before this was there before the step
             tl.extra.cuda.gdc_wait()
         q = tl.load(q_ptr + (row * q_stride + head * D)[:, None] + d[None, :], mask=mask, other=0.0)
         acc = tl.zeros([M, DP], tl.float32)

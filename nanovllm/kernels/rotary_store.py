@@ -38,7 +38,7 @@ def norm_rotate_store_kernel(
     head = tl.arange(0, HEADS)[:, None]
     i = tl.arange(0, HALF)[None, :]
     live = (head < H + 2 * H_KV) & (i < D // 2)
-    if HAS_NORM:
+    if HAS_NORM:  # loaded before the wait, as no kernel writes them
         weight = tl.where(head < H, q_norm, k_norm) + i
         x_weight = tl.load(weight, mask=live, other=0.0).to(tl.float32)
         y_weight = tl.load(weight + D // 2, mask=live, other=0.0).to(tl.float32)
